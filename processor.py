@@ -1,0 +1,270 @@
+"""Counts each user's actions and shows the counts as JSON, of the partitions that it holds.
+
+python processor.py                a member of the group "event-watchers": shares with consumers
+python processor.py --group mine   the only member of a group: counts everything
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import select
+import signal
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.errors import KafkaError
+from kafka.structs import MemberState
+
+BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
+TOPIC = "events"
+GROUP_ID = "event-watchers"
+
+log = logging.getLogger("processor")
+stopping = 0.0  # when the first signal came
+
+
+def stop(signum: int, frame: object) -> None:
+    """Ctrl-C or SIGTERM: finish the work in hand, then end; the second time, end at once."""
+    global stopping
+    now = time.monotonic()
+    if stopping and now - stopping > 0.2:  # sooner, it is one signal sent twice, as timeout(1) does
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
+    stopping = stopping or now
+
+
+class ConnectionWatch(logging.Handler):
+    """Makes two plain lines of all that kafka-python logs: the connection is lost; it is back."""
+
+    state = "new"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text.endswith(": Connected"):
+            if self.state == "lost":
+                log.warning("connected to Kafka again")
+            self.state = "connected"
+        elif ": Connection lost: " in text and self.state == "connected":
+            log.warning("lost the connection to Kafka; trying again until it is back")
+            self.state = "lost"
+
+
+def connect(group: str) -> KafkaConsumer:
+    """Ends the script with one line and status 1 if there is no broker within 10 s."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("kafka").addHandler(ConnectionWatch())
+    logging.getLogger("kafka").propagate = False
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: sys.exit())  # so far there is nothing to finish
+    try:
+        consumer = KafkaConsumer(
+            bootstrap_servers=BOOTSTRAP_SERVERS,
+            group_id=group,
+            auto_offset_reset="earliest",  # where events are gone: from the first that is left
+            enable_auto_commit=False,  # what it counts is still the consumers' to read
+            partition_assignment_strategy=[CooperativeStickyAssignor],  # move no more than needed
+            session_timeout_ms=10_000,  # a member that died is noticed after this
+            heartbeat_interval_ms=500,  # a member that came or left is noticed after this
+            metadata_max_age_ms=10_000,  # new partitions are noticed after this
+            bootstrap_timeout_ms=10_000,  # say soon that there is no broker
+            reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
+            max_partition_fetch_bytes=8 * 1024 * 1024,  # fewer, larger fetches while catching up
+            max_poll_records=5_000,
+        )
+    except (KafkaError, ValueError):
+        sys.exit(
+            f"no Kafka broker at {BOOTSTRAP_SERVERS}; start one with "
+            "`docker compose up -d --wait` or `python tests/broker.py`"
+        )
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    return consumer
+
+
+# JSON numbers of any size are fine (int() refuses 4,300 digits); NaN, which int() refuses, is not.
+parse = json.JSONDecoder(parse_int=float, parse_constant=int).decode
+FIELDS = ("event_id", "user_id", "action", "timestamp")
+
+
+def reader_is_gone() -> bool:
+    """Whether nobody reads stdout any more (| head), which an idle script would not notice."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def read_event(value: bytes | None) -> tuple[str, str]:
+    """Returns the event's (user_id, action). Raises ValueError, which says why, if it is none."""
+    if value is None:
+        raise ValueError("no value")
+    try:
+        event = parse(value.decode())
+    except (ValueError, RecursionError):  # the latter at 200,000 times "["
+        raise ValueError("not JSON") from None
+    if type(event) is not dict:
+        raise ValueError("not an object")
+    for field in FIELDS:
+        if type(event.get(field)) is not str:
+            raise ValueError(f"{field} is not a string" if field in event else f"no {field}")
+    return event["user_id"], event["action"]
+
+
+class Counts(ConsumerRebalanceListener):
+    """The counts of each partition held; the log is their only state.
+
+    kafka-python calls on_partitions_... on a thread of its own, but only while poll() or close()
+    waits for it, so nothing here needs a lock. They must not block.
+    """
+
+    def __init__(self, consumer: KafkaConsumer) -> None:
+        self.consumer = consumer
+        self.by_partition: dict[TopicPartition, Counter[tuple[str, str]]] = {}
+        self.next_offset: dict[TopicPartition, int] = {}
+        # Of partitions not read that far yet: where the log ended when they were given.
+        self.log_end: dict[TopicPartition, float] = {}
+        self.changed = False
+        self.skipped = 0
+        self.last_skipped = ""
+
+    def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        for partition in assigned:
+            self.start(partition)
+
+    def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        for partition in revoked:
+            del self.by_partition[partition], self.next_offset[partition]
+            self.log_end.pop(partition, None)
+        self.changed = True
+
+    def start(self, partition: TopicPartition) -> None:
+        """Counts the partition from its first event on."""
+        self.by_partition[partition] = Counter()
+        self.next_offset[partition] = 0
+        self.log_end[partition] = math.inf
+        self.consumer.seek_to_beginning(partition)
+        self.changed = True
+
+    def add(self, partition: TopicPartition, messages: list[Any]) -> None:
+        if messages[0].offset < self.next_offset[partition]:
+            self.start(partition)  # the topic was deleted and created anew
+            return
+        counts = self.by_partition[partition]
+        for message in messages:
+            try:
+                counts[read_event(message.value)] += 1
+            except ValueError as why:
+                self.skipped += 1
+                self.last_skipped = f"partition={message.partition} offset={message.offset}: {why}"
+        self.next_offset[partition] = messages[-1].offset + 1
+        self.changed = True
+
+    def still_to_read(self) -> float:
+        """How many events the log held, when it gave the partitions, that are not counted yet."""
+        left = 0.0
+        for partition in list(self.log_end):
+            highwater = self.consumer.highwater(partition)
+            position = self.consumer.position(partition, timeout_ms=0)
+            if highwater is None or position is None:  # nothing has been fetched yet
+                left = math.inf
+                continue
+            # The first one known; it grows from then on, unless the topic is created anew.
+            self.log_end[partition] = min(self.log_end[partition], highwater)
+            if position < self.log_end[partition]:
+                left += self.log_end[partition] - position
+            else:
+                del self.log_end[partition]
+        return left
+
+    def resume(self) -> None:
+        """Goes on after the last event counted: a poll() that raised may have dropped events."""
+        for partition, offset in self.next_offset.items():
+            self.consumer.seek(partition, offset)
+
+    def as_json(self) -> str:
+        total: Counter[tuple[str, str]] = Counter()
+        for counts in self.by_partition.values():
+            total.update(counts)
+        users: dict[str, dict[str, int]] = {}
+        for (user_id, action), number in sorted(total.items()):
+            users.setdefault(user_id, {})[action] = number
+        return json.dumps(users, indent=2)  # ASCII: no user_id can drive the terminal
+
+
+def describe(held: list[int], others: list[int], group: str) -> str:
+    """What is counted, and how to count everything."""
+    mine = "partitions " + ", ".join(map(str, held)) if held else "nothing"
+    if not others:
+        return f"counting {mine}: everything"
+    return (
+        f"counting {mine}; other members of {group} hold {', '.join(map(str, others))} "
+        f"(to count everything: processor.py --group NAME, with a group of its own)"
+    )
+
+
+def count_events(consumer: KafkaConsumer, counts: Counts, group: str) -> None:
+    """Until told to stop: count the events that come and print the counts when they changed."""
+    described = ""
+    printed = False
+    reported = 0
+    next_print = next_report = 0.0
+    left = math.inf
+    while not (stopping or reader_is_gone()):
+        try:
+            for partition, messages in consumer.poll(timeout_ms=250).items():
+                counts.add(partition, messages)
+            left = counts.still_to_read()
+        except KafkaError as error:
+            log.warning("%s", error)
+            counts.resume()
+
+        now = time.monotonic()
+        if consumer.group_metadata().state == MemberState.STABLE:
+            held = sorted(partition for _, partition in counts.by_partition)
+            others = sorted(consumer.partitions_for_topic(TOPIC).difference(held))
+            if (held or others) and describe(held, others, group) != described:
+                described = describe(held, others, group)
+                log.info(described)
+        if counts.skipped > reported and now >= next_report:
+            reported = counts.skipped
+            next_report = now + 1
+            log.warning("skipped %d malformed events, last %s", reported, counts.last_skipped)
+        if left == 0 and counts.changed and now >= next_print and (printed or counts.by_partition):
+            print(counts.as_json(), flush=True)
+            counts.changed = False
+            printed = True
+            next_print = now + max(1.0, 10 * (time.monotonic() - now))
+    if counts.skipped > reported:
+        log.warning("skipped %d malformed events, last %s", counts.skipped, counts.last_skipped)
+    if left == 0 and (printed or counts.by_partition):
+        print(counts.as_json(), flush=True)
+    else:
+        log.warning("ended before it had read everything: no counts")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Count each user's actions.")
+    parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
+    options = parser.parse_args()
+    if not options.group:
+        parser.error("--group: a group needs a name")
+    consumer = connect(options.group)
+    counts = Counts(consumer)
+    consumer.subscribe([TOPIC], listener=counts)
+    try:
+        count_events(consumer, counts, options.group)
+    except BrokenPipeError:  # nobody reads on (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
+
+
+if __name__ == "__main__":
+    main()
