@@ -1,0 +1,92 @@
+"""Every test runs against brokers of its own, on free ports, and leaves no process behind."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from broker import Broker
+from harness import Script, Witness, python, until
+
+Start = Callable[..., Script]
+
+
+@pytest.fixture(scope="session")
+def lasting_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """One broker for all tests that do not break it."""
+    with Broker(tmp_path_factory.mktemp("broker")) as broker:
+        yield broker
+
+
+@pytest.fixture
+def broker(lasting_broker: Broker) -> Broker:
+    """A running broker on which neither the topic nor a group exists."""
+    assert lasting_broker.process is not None
+    process = psutil.Process(lasting_broker.process.pid)
+    # A client of the last test may have left a metadata request behind its long poll, on a
+    # connection that it has closed since: answered after the deletion, that creates the topic anew.
+    until(
+        lambda: all(c.status != psutil.CONN_CLOSE_WAIT for c in process.net_connections()),
+        "the broker has noticed that the last test's clients are gone",
+    )
+    Witness(lasting_broker.address).clean()
+    return lasting_broker
+
+
+@pytest.fixture
+def fragile_broker(tmp_path: Path) -> Iterator[Broker]:
+    """A running broker for one test, which may kill it."""
+    # After a kill -9 the controller lets the broker back in when its session is over: 9 s.
+    quick = {
+        "KAFKA_BROKER_SESSION_TIMEOUT_MS": "1500",
+        "KAFKA_BROKER_HEARTBEAT_INTERVAL_MS": "300",
+    }
+    folder = tmp_path / "broker"
+    folder.mkdir()
+    with Broker(folder, environment=quick) as broker:
+        yield broker
+
+
+@pytest.fixture
+def witness(broker: Broker) -> Witness:
+    return Witness(broker.address)
+
+
+@pytest.fixture
+def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
+    """start("consumer.py", "--group", "x"): runs a script against the test's broker.
+
+    `environment` and `address` may be given by name; `command` runs something else instead.
+    """
+    scripts: list[Script] = []
+
+    def start_script(
+        *arguments: str,
+        address: str | None = None,
+        environment: dict[str, str] | None = None,
+        command: list[str] | None = None,
+    ) -> Script:
+        if address is None:
+            names = ("fragile_broker", "broker")
+            name = next(name for name in names if name in request.fixturenames)
+            address = request.getfixturevalue(name).address
+        variables = {"KAFKA_BOOTSTRAP_SERVERS": address, **(environment or {})}
+        script = Script(tmp_path, command or python(*arguments), variables)
+        scripts.append(script)
+        return script
+
+    yield start_script
+
+    for script in scripts:
+        for process in script.tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+    for script in scripts:
+        try:
+            script.wait(20)
+        except Exception:
+            script.process.kill()
+            script.wait()
+        print(f"--- {' '.join(script.command)}: {script.process.returncode}")
+        print(script.out[-400:], script.err[-4000:], sep="\n")

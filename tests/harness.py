@@ -1,0 +1,242 @@
+"""What the tests are made of: the scripts as processes, waiting for conditions, and a witness.
+
+The witness is confluent-kafka (librdkafka), which shares no code with the client under test.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+from broker import ROOT
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+TOPIC = "events"
+GROUP = "event-watchers"
+EVENT_LINE = re.compile(r"partition=(\d+) offset=(\d+) key=(.*?) (\{.*\}|null|.*)")
+PATIENCE = 60.0  # seconds; generous, for a test that passes does not wait for it
+
+Counts = dict[str, dict[str, int]]
+
+
+def until(condition: Callable[[], Any], what: str, timeout: float = PATIENCE) -> Any:
+    """Waits until the condition holds and returns its value; AssertionError after `timeout` s."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+class Script:
+    """One of the three scripts (or another command) as a process; its output goes to files."""
+
+    def __init__(self, folder: Path, command: list[str], environment: dict[str, str]) -> None:
+        number = len(list(folder.glob("*.out")))
+        self.out_file = folder / f"{number}.out"
+        self.err_file = folder / f"{number}.err"
+        self.command = command
+        with self.out_file.open("wb") as out, self.err_file.open("wb") as err:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+
+    @property
+    def out(self) -> str:
+        # newline="": a lone carriage return must not look like the end of a line.
+        with self.out_file.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return file.read()
+
+    @property
+    def err(self) -> str:
+        return self.err_file.read_text()
+
+    @property
+    def lines(self) -> list[str]:
+        """The complete lines of stdout."""
+        return self.out.split("\n")[:-1]
+
+    @property
+    def snapshots(self) -> list[Counts]:
+        """The complete JSON documents of stdout, which must hold nothing else."""
+        documents = []
+        text = self.out
+        while text.strip():
+            try:
+                document, end = json.JSONDecoder().raw_decode(text)
+            except json.JSONDecodeError:
+                assert self.process.poll() is None, f"not JSON: {text!r}"
+                break  # it is being written
+            documents.append(document)
+            text = text[end:].lstrip()
+        return documents
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Waits for the end; returns the exit status."""
+        return self.process.wait(timeout)
+
+    def stop(self, signum: int = signal.SIGINT, timeout: float = PATIENCE) -> int:
+        """Sends Ctrl-C (or another signal) and returns the exit status."""
+        self.process.send_signal(signum)
+        return self.wait(timeout)
+
+    def tree(self) -> list[psutil.Process]:
+        try:
+            process = psutil.Process(self.process.pid)
+            return [process, *process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+class Message(NamedTuple):
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+
+
+class Witness:
+    """Looks at a broker, and writes to it, with a client of other origin."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        # librdkafka tries IPv6 as well; quiet, since some tests stop the broker.
+        self.settings = {"bootstrap.servers": address, "broker.address.family": "v4"}
+        self.admin = AdminClient({**self.settings, "log_level": 0})
+
+    def partitions(self) -> list[int]:
+        """The partitions of the topic, none if it does not exist; asking does not create it."""
+        topics = self.admin.list_topics(timeout=PATIENCE).topics
+        return sorted(topics[TOPIC].partitions) if TOPIC in topics else []
+
+    def create(self, partitions: int, **config: str) -> None:
+        topic = NewTopic(TOPIC, partitions, 1, config=config)
+        self.admin.create_topics([topic])[TOPIC].result()
+        until(lambda: len(self.partitions()) == partitions, "the topic is there")
+
+    def delete(self) -> None:
+        self.admin.delete_topics([TOPIC])[TOPIC].result()
+        until(lambda: not self.partitions(), "the topic is gone")
+
+    def groups(self) -> list[str]:
+        listed = self.admin.list_consumer_groups(request_timeout=PATIENCE).result()
+        return [group.group_id for group in listed.valid or []]
+
+    def clean(self) -> None:
+        """Leaves neither topic nor groups."""
+        if self.partitions():
+            self.delete()
+        for group in self.groups():
+            until(lambda: not self.members(group), f"{group} has no members")
+            self.admin.delete_consumer_groups([group])[group].result()
+
+    def members(self, group: str = GROUP) -> list[list[int]]:
+        """The partitions of each member of the group, if its coordinator can already tell."""
+        [described] = self.admin.describe_consumer_groups([group]).values()
+        try:
+            members = described.result().members
+        except KafkaException:
+            return []
+        return [sorted(p.partition for p in m.assignment.topic_partitions) for m in members]
+
+    def committed(self, group: str = GROUP) -> dict[int, int]:
+        """The committed offset of each partition that has one."""
+        consumer = Consumer({**self.settings, "group.id": group})
+        asked = [TopicPartition(TOPIC, number) for number in self.partitions()]
+        answered = consumer.committed(asked, timeout=PATIENCE)
+        consumer.close()
+        return {entry.partition: entry.offset for entry in answered if entry.offset >= 0}
+
+    def log(self) -> list[Message]:
+        """All messages of the topic, those of a partition in order."""
+        consumer = Consumer(
+            {**self.settings, "group.id": "witness", "enable.partition.eof": True}
+            | {"enable.auto.commit": False, "auto.offset.reset": "earliest"}
+        )
+        unread = set(self.partitions())
+        consumer.assign([TopicPartition(TOPIC, number, 0) for number in unread])
+        messages = []
+        while unread:
+            for message in consumer.consume(10_000, timeout=1):
+                partition, offset, error = message.partition(), message.offset(), message.error()
+                assert partition is not None
+                assert offset is not None
+                if error is None:
+                    messages.append(Message(partition, offset, message.key(), message.value()))
+                else:
+                    assert error.name() == "_PARTITION_EOF", error
+                    unread.discard(partition)
+        consumer.close()
+        return sorted(messages, key=lambda message: message[:2])
+
+    def write(self, messages: Iterable[tuple[int, bytes | None, bytes | None]]) -> None:
+        """Writes raw (partition, key, value)."""
+        failures: list[object] = []
+        producer = Producer({**self.settings, "linger.ms": 5})
+        for partition, key, value in messages:
+            while True:
+                try:
+                    producer.produce(
+                        TOPIC,
+                        value,
+                        key,
+                        partition,
+                        on_delivery=lambda error, _: failures.append(error) if error else None,
+                    )
+                    break
+                except BufferError:
+                    producer.poll(0.1)
+        assert producer.flush(PATIENCE) == 0
+        assert not failures
+
+
+def event(user_id: Any = "alice", action: Any = "view", **fields: Any) -> bytes:
+    """A good event, unless a field given is none."""
+    good = {"event_id": "0", "user_id": user_id, "action": action, "timestamp": "2026-01-01"}
+    return json.dumps(good | fields).encode()
+
+
+def line(message: Message) -> str:
+    """The line that producer and consumer show for a message of printable UTF-8."""
+    key, value = (None if data is None else data.decode() for data in message[2:])
+    return f"partition={message.partition} offset={message.offset} key={key} {value}"
+
+
+def count(messages: Iterable[Message]) -> Counts:
+    """The counts of these messages, all of them good events: the processor's answer, recounted."""
+    total: Counts = {}
+    for message in messages:
+        assert message.value is not None
+        fields = json.loads(message.value)
+        actions = total.setdefault(fields["user_id"], {})
+        actions[fields["action"]] = actions.get(fields["action"], 0) + 1
+    return total
+
+
+def add(*several: Counts) -> Counts:
+    """The sum of counts."""
+    total: dict[str, Counter[str]] = {}
+    for counts in several:
+        for user, actions in counts.items():
+            total.setdefault(user, Counter()).update(actions)
+    return {user: dict(actions) for user, actions in total.items()}
+
+
+def python(script: str, *arguments: str) -> list[str]:
+    """The command that runs one of the scripts."""
+    return [sys.executable, str(ROOT / script), *arguments]

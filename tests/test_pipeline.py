@@ -1,0 +1,400 @@
+"""The main job, on a real broker: what is sent is shown and counted, once."""
+
+import ast
+import itertools
+import json
+import re
+import sys
+import uuid
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+import pytest
+from broker import ROOT, Broker
+from conftest import Start
+from harness import (
+    GROUP,
+    Message,
+    Script,
+    Witness,
+    add,
+    count,
+    event,
+    line,
+    until,
+)
+from kafka.partitioner import murmur2
+
+USERS = ("sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234")
+SCRIPTS = ("producer.py", "consumer.py", "processor.py")
+
+
+def produce(start: Start, number: int) -> Script:
+    """Sends that many events as fast as it goes and waits for them."""
+    producer = start("producer.py", "--count", str(number), "--interval", "0")
+    assert producer.wait() == 0
+    assert producer.err.splitlines()[-1] == f"{number} delivered, 0 failed"
+    assert len(producer.lines) == number
+    return producer
+
+
+def settled(witness: Witness, members: int, group: str = GROUP) -> Callable[[], bool]:
+    """The condition that so many members share all partitions, each of them holding its share."""
+
+    def condition() -> bool:
+        held = witness.members(group)
+        everything = sorted(partition for share in held for partition in share)
+        few, more = divmod(len(witness.partitions()), members)
+        sizes = sorted(map(len, held))
+        return (
+            everything == witness.partitions()
+            and sizes == [few] * (members - more) + [few + 1] * more
+        )
+
+    return condition
+
+
+def shown(*consumers: Script) -> list[str]:
+    return sorted(line for consumer in consumers for line in consumer.lines)
+
+
+def test_settings_are_the_same_in_all_scripts() -> None:
+    blocks = []
+    for script in SCRIPTS:
+        text = (ROOT / script).read_text()
+        assert "BOOTSTRAP_SERVERS" in text
+        start = text.index("BOOTSTRAP_SERVERS = ")
+        blocks.append(text[start : text.index("\n\n", start)])
+    assert blocks[0].count("\n") == 2
+    assert blocks[0] == blocks[1] == blocks[2]
+    assert 'TOPIC = "events"' in blocks[0]
+    assert 'GROUP_ID = "event-watchers"' in blocks[0]
+
+
+def test_scripts_use_kafka_python_and_the_standard_library_only() -> None:
+    for script in SCRIPTS:
+        for node in ast.walk(ast.parse((ROOT / script).read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            else:
+                continue
+            for name in names:
+                assert name.split(".")[0] in {*sys.stdlib_module_names, "kafka"}
+
+
+@pytest.mark.parametrize("first", SCRIPTS)
+def test_whoever_comes_first_creates_the_topic(first: str, start: Start, witness: Witness) -> None:
+    assert witness.partitions() == []
+    script = start(first)
+    until(lambda: witness.partitions() == [0, 1, 2], "the topic has three partitions")
+    if first == "producer.py":
+        until(lambda: script.lines, "an event is shown")
+    else:
+        until(lambda: "0, 1, 2" in script.err, "it has all partitions")
+    assert script.stop() == 0
+    assert not re.search("error|not found|Traceback", script.err, re.IGNORECASE)
+
+
+def test_an_event_has_four_fields_and_its_users_key(start: Start, witness: Witness) -> None:
+    produce(start, 300)
+    log = witness.log()
+    assert len(log) == 300
+    events = []
+    for message in log:
+        assert message.value is not None
+        assert message.key is not None
+        fields = json.loads(message.value)
+        assert list(fields) == ["event_id", "user_id", "action", "timestamp"]
+        assert str(uuid.UUID(fields["event_id"])) == fields["event_id"]
+        assert message.key.decode() == fields["user_id"]
+        assert fields["action"] in {"view", "click", "add_to_cart", "purchase"}
+        assert datetime.fromisoformat(fields["timestamp"]).utcoffset() == timedelta(0)
+        events.append(fields)
+    assert len({fields["event_id"] for fields in events}) == 300
+    assert {fields["action"] for fields in events} == {"view", "click", "add_to_cart", "purchase"}
+    assert {fields["user_id"] for fields in events} > set(USERS)
+
+
+def test_a_user_stays_on_one_partition_in_order(start: Start, witness: Witness) -> None:
+    produce(start, 500)
+    log = witness.log()
+    homes: dict[bytes | None, set[int]] = {}
+    for message in log:
+        homes.setdefault(message.key, set()).add(message.partition)
+    assert all(len(partitions) == 1 for partitions in homes.values())
+    assert [homes[user.encode()] for user in USERS] == [{0}, {1}, {2}]
+    for user in homes:
+        times = [json.loads(m.value or b"")["timestamp"] for m in log if m.key == user]
+        assert times == sorted(times)
+
+
+# From Kafka's own UtilsTest.testMurmur2.
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (b"21", -973932308),
+        (b"foobar", -790332482),
+        (b"a-little-bit-long-string", -985981536),
+        (b"a-little-bit-longer-string", -1486304829),
+        (b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58897971),
+        (b"abc", 479470107),
+    ],
+)
+def test_keys_are_hashed_as_by_kafkas_java_client(key: bytes, expected: int) -> None:
+    assert murmur2(key) == expected % 2**32
+
+
+def test_keys_land_where_kafkas_java_client_puts_them(start: Start, witness: Witness) -> None:
+    produce(start, 200)
+    for message in witness.log():
+        # org.apache.kafka.clients.producer.internals.BuiltInPartitioner.partitionForKey
+        assert message.partition == (murmur2(message.key) & 0x7FFFFFFF) % 3
+
+
+def test_producer_and_consumer_show_the_same_lines(start: Start, witness: Witness) -> None:
+    producer = produce(start, 1000)
+    consumer = start("consumer.py")
+    until(lambda: len(consumer.lines) >= 1000, "all events are shown")
+    assert consumer.stop() == 0
+    assert shown(producer) == shown(consumer) == sorted(map(line, witness.log()))
+
+
+def test_quiet_producer_shows_nothing_but_its_tally(start: Start, witness: Witness) -> None:
+    producer = start("producer.py", "--count", "50", "--interval", "0", "--quiet")
+    assert producer.wait() == 0
+    assert (producer.out, producer.err) == ("", "50 delivered, 0 failed\n")
+    assert len(witness.log()) == 50
+
+
+def test_producer_keeps_its_interval(start: Start, witness: Witness) -> None:
+    producer = start("producer.py", "--count", "6", "--interval", "0.2")
+    assert producer.wait() == 0
+    times = [json.loads(m.value or b"")["timestamp"] for m in witness.log()]
+    span = datetime.fromisoformat(max(times)) - datetime.fromisoformat(min(times))
+    assert span >= timedelta(seconds=5 * 0.2 - 0.01)
+
+
+def test_an_event_is_shown_as_soon_as_it_is_confirmed(start: Start, witness: Witness) -> None:
+    producer = start("producer.py", "--interval", "3600")
+    until(lambda: producer.lines, "the first event is shown, long before the second is due")
+    assert shown(producer) == [line(message) for message in witness.log()]
+    assert producer.stop() == 0
+    assert producer.err == "1 delivered, 0 failed\n"
+
+
+def test_two_consumers_share_the_partitions(start: Start, witness: Witness) -> None:
+    consumers = [start("consumer.py"), start("consumer.py")]
+    until(settled(witness, 2), "both have partitions")
+    producer = produce(start, 600)
+    until(lambda: len(shown(*consumers)) >= 600, "all events are shown")
+    for consumer in consumers:
+        assert consumer.stop() == 0
+        assert len(consumer.lines) > 0
+    assert shown(*consumers) == shown(producer)
+    owners = [{text.split()[0] for text in consumer.lines} for consumer in consumers]
+    assert owners[0].isdisjoint(owners[1])
+
+
+def test_a_restarted_consumer_neither_repeats_nor_misses(start: Start, witness: Witness) -> None:
+    producers = [produce(start, 300)]
+    consumers = []
+    for _ in range(3):
+        consumer = start("consumer.py")
+        consumers.append(consumer)
+        until(lambda: len(shown(*consumers)) >= 300 * len(producers), "the new events are shown")
+        assert consumer.stop() == 0
+        producers.append(produce(start, 300))
+    consumers.append(start("consumer.py"))
+    until(lambda: len(shown(*consumers)) >= 300 * len(producers), "the new events are shown")
+    assert consumers[-1].stop() == 0
+    assert shown(*consumers) == shown(*producers)
+
+
+def test_consumers_coming_and_leaving_show_each_event_once(start: Start, witness: Witness) -> None:
+    producer = start("producer.py", "--interval", "0.005")
+    consumers = [start("consumer.py")]
+    for _ in range(3):
+        seen = len(shown(*consumers))
+        until(lambda: len(shown(*consumers)) > seen + 100, "events are shown")
+        consumers.append(start("consumer.py"))
+        until(lambda: consumers[-1].lines, "the new one shows some")
+        assert consumers[-2].stop() == 0
+    assert producer.stop() == 0
+    until(lambda: len(shown(*consumers)) >= len(producer.lines), "all events are shown")
+    assert consumers[-1].stop() == 0
+    assert shown(*consumers) == shown(producer)
+
+
+def test_a_group_of_its_own_gets_every_event(start: Start, witness: Witness) -> None:
+    producer = produce(start, 100)
+    consumers = [start("consumer.py"), start("consumer.py", "--group", "mine")]
+    for consumer in consumers:
+        until(lambda: len(consumer.lines) >= 100, "all events are shown")
+        assert consumer.stop() == 0
+        assert shown(consumer) == shown(producer)
+
+
+def test_consumer_commits_what_it_showed_and_nothing_more(start: Start, witness: Witness) -> None:
+    produce(start, 200)
+    ends: dict[int, int] = {}
+    for message in witness.log():
+        ends[message.partition] = message.offset + 1
+    consumer = start("consumer.py")
+    until(lambda: len(consumer.lines) >= 200, "all events are shown")
+    until(lambda: witness.committed() == ends, "it has committed them")
+    assert consumer.stop() == 0
+    assert witness.committed() == ends
+
+
+def test_processor_counts_what_was_sent(start: Start, witness: Witness) -> None:
+    produce(start, 2000)
+    expected = count(witness.log())
+    for _ in range(2):  # a restart counts the same
+        processor = start("processor.py")
+        until(lambda: processor.snapshots, "counts are shown")
+        assert processor.stop() == 0
+        assert processor.snapshots == [expected, expected]  # whole at once, and again at its end
+        assert "counting partitions 0, 1, 2: everything" in processor.err
+    first = processor.out[: len(processor.out) // 2]
+    assert first == json.dumps(expected, indent=2, sort_keys=True) + "\n"
+
+
+def test_processor_goes_on_counting(start: Start, witness: Witness) -> None:
+    processor = start("processor.py")
+    until(lambda: processor.snapshots, "counts are shown, though there is nothing to count")
+    assert processor.snapshots == [{}]
+    for number in (1, 2):
+        produce(start, 100)
+        expected = count(witness.log())
+        until(lambda: processor.snapshots[-1] == expected, f"the counts of {number * 100}")
+    assert processor.stop() == 0
+    assert processor.snapshots[-1] == expected
+
+
+def test_processor_prints_when_something_changed_and_at_most_once_a_second(
+    start: Start, witness: Witness
+) -> None:
+    producer = start("producer.py", "--count", "300", "--interval", "0.01")
+    until(lambda: producer.lines, "the first event is sent")
+    processor = start("processor.py")
+    assert producer.wait() == 0
+    expected = count(witness.log())
+    until(lambda: processor.snapshots and processor.snapshots[-1] == expected, "all is counted")
+    assert processor.stop() == 0
+    *before_the_end, last = processor.snapshots
+    assert last == expected
+    assert all(one != two for one, two in itertools.pairwise(before_the_end))
+    # 300 events take about 3 s (more on a slow machine, where there is time for more snapshots).
+    times = [json.loads(m.value or b"")["timestamp"] for m in witness.log()]
+    span = datetime.fromisoformat(max(times)) - datetime.fromisoformat(min(times))
+    assert len(before_the_end) <= span.total_seconds() + 3
+
+
+def test_first_snapshot_is_whole_under_a_running_producer(start: Start, witness: Witness) -> None:
+    produce(start, 20_000)
+    held_at_start = count(witness.log())
+    producer = start("producer.py", "--interval", "0", "--quiet")
+    seen = len(witness.log())
+    until(lambda: len(witness.log()) > seen, "the producer is at it")
+    processor = start("processor.py")
+    until(lambda: processor.snapshots, "counts are shown")
+    assert producer.process.poll() is None, "the producer still runs"
+    first = processor.snapshots[0]
+    for user, actions in held_at_start.items():
+        for action, number in actions.items():
+            assert first[user][action] >= number
+    assert producer.stop() == 0
+    expected = count(witness.log())
+    until(lambda: processor.snapshots[-1] == expected, "all is counted")
+
+
+def test_two_processors_add_up_while_one_joins_and_one_leaves(
+    start: Start, witness: Witness
+) -> None:
+    produce(start, 3000)
+    producer = start("producer.py", "--interval", "0.002", "--quiet")
+    first = start("processor.py")
+    until(lambda: first.snapshots, "the first counts")
+    second = start("processor.py")
+    until(lambda: second.snapshots and len(second.snapshots[-1]) > 0, "the second counts")
+    until(settled(witness, 2), "both hold partitions")
+    assert producer.stop() == 0
+    expected = count(witness.log())
+    until(lambda: add(first.snapshots[-1], second.snapshots[-1]) == expected, "they add up")
+    assert all(processor.snapshots[-1] for processor in (first, second))
+    assert first.stop() == 0
+    until(lambda: second.snapshots[-1] == expected, "the second counts everything")
+    assert "other members" in second.err
+    assert second.err.splitlines()[-1] == "counting partitions 0, 1, 2: everything"
+
+
+def test_processor_beside_two_consumers_counts_its_share(start: Start, witness: Witness) -> None:
+    consumers = [start("consumer.py"), start("consumer.py")]
+    until(settled(witness, 2), "the consumers share the partitions")
+    processor = start("processor.py")
+    until(settled(witness, 3), "and the processor has one")
+    producer = produce(start, 900)
+    [mine] = until(
+        lambda: re.findall(
+            r"^counting partitions (\d); other members .* hold \d, \d", processor.err, re.M
+        ),
+        "it says what it counts and who holds the rest",
+    )
+    assert "processor.py --group NAME" in processor.err
+    expected = count(m for m in witness.log() if m.partition == int(mine))
+    until(lambda: processor.snapshots and processor.snapshots[-1] == expected, "its share")
+    everything = start("processor.py", "--group", "all")
+    until(lambda: everything.snapshots, "counts are shown")
+    assert everything.snapshots[0] == count(witness.log())
+
+    assert processor.stop() == 0
+    assert processor.snapshots[-1] == expected
+    until(lambda: len(shown(*consumers)) >= 900, "what it had read is still the consumers' to show")
+    for consumer in consumers:
+        assert consumer.stop() == 0
+    assert shown(*consumers) == shown(producer)
+
+
+def test_processor_beside_three_consumers_holds_nothing(start: Start, witness: Witness) -> None:
+    produce(start, 90)
+    consumers = [start("consumer.py") for _ in range(3)]
+    until(settled(witness, 3), "each consumer has a partition")
+    processor = start("processor.py")
+    until(
+        lambda: "counting nothing; other members of event-watchers hold 0, 1, 2" in processor.err,
+        "it says that it holds nothing",
+    )
+    assert "processor.py --group NAME" in processor.err
+    assert processor.stop() == 0
+    assert processor.snapshots == []
+    for consumer in consumers:
+        assert consumer.stop() == 0
+    assert len(shown(*consumers)) == 90
+
+
+def test_processor_never_commits(start: Start, witness: Witness) -> None:
+    produce(start, 50)
+    processor = start("processor.py")
+    until(lambda: processor.snapshots, "counts are shown")
+    assert processor.stop() == 0
+    assert witness.committed() == {}
+
+
+def test_a_user_on_several_partitions_is_added_up(start: Start, witness: Witness) -> None:
+    witness.create(3)
+    witness.write((number % 3, None, event("alice", "click")) for number in range(10))
+    processor = start("processor.py")
+    until(lambda: processor.snapshots, "counts are shown")
+    assert processor.snapshots[0] == {"alice": {"click": 10}}
+
+
+def test_the_broker_is_the_compose_files(broker: Broker) -> None:
+    properties = (broker.folder / "final" / "server.properties").read_text()
+    assert "num.partitions=3" in properties
+    assert f"listeners=PLAINTEXT://localhost:{broker.port}," in properties
+
+
+def test_line_helper_is_sane() -> None:
+    assert line(Message(1, 2, b"k", b"{}")) == "partition=1 offset=2 key=k {}"
