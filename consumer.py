@@ -114,11 +114,10 @@ def show_events(consumer: KafkaConsumer) -> None:
         except KafkaError as error:
             log.warning("%s", error)
             continue
-        group = consumer.group_metadata()
         assignment = sorted(partition for _, partition in consumer.assignment())
-        if group.state == MemberState.STABLE and assignment != held:
+        if consumer.group_metadata().state == MemberState.STABLE and assignment != held:
             held = assignment
-            log.info("partitions: %s", ", ".join(map(str, held)) or "none, others have them all")
+            log.info("partitions: %s", ", ".join(map(str, held)) or "none, others have them")
         for (_, partition), messages in batches.items():
             prefix = f"partition={partition} offset="
             sys.stdout.writelines(

@@ -198,54 +198,63 @@ class Counts(ConsumerRebalanceListener):
         return json.dumps(users, indent=2)  # ASCII: no user_id can drive the terminal
 
 
-def describe(held: list[int], others: list[int], group: str) -> str:
-    """What is counted, and how to count everything."""
-    mine = "partitions " + ", ".join(map(str, held)) if held else "nothing"
+def share_of(consumer: KafkaConsumer) -> tuple[list[int], list[int]]:
+    """The partitions of the topic that this processor holds, and the others."""
+    if consumer.group_metadata().state != MemberState.STABLE:
+        return [], []
+    held = sorted(partition for _, partition in consumer.assignment())
+    return held, sorted(consumer.partitions_for_topic(TOPIC).difference(held))
+
+
+def say_what_is_counted(held: list[int], others: list[int], group: str) -> None:
+    counted = "partitions " + ", ".join(map(str, held)) if held else "nothing"
     if not others:
-        return f"counting {mine}: everything"
-    return (
-        f"counting {mine}; other members of {group} hold {', '.join(map(str, others))} "
-        f"(to count everything: processor.py --group NAME, with a group of its own)"
-    )
+        log.info("counting %s: everything", counted)
+    else:
+        log.info(
+            "counting %s; other members of %s hold %s (to count everything: "
+            "processor.py --group NAME, with a group of its own)",
+            *(counted, group, ", ".join(map(str, others))),
+        )
 
 
 def count_events(consumer: KafkaConsumer, counts: Counts, group: str) -> None:
     """Until told to stop: count the events that come and print the counts when they changed."""
-    described = ""
-    printed = False
+    said = share = share_of(consumer)
+    share_since = next_print = next_report = 0.0
     reported = 0
-    next_print = next_report = 0.0
     left = math.inf
+    printed = False
     while not (stopping or reader_is_gone()):
+        now = time.monotonic()
         try:
             for partition, messages in consumer.poll(timeout_ms=250).items():
                 counts.add(partition, messages)
             left = counts.still_to_read()
+            if share != (share := share_of(consumer)):
+                share_since = now
         except KafkaError as error:
             log.warning("%s", error)
             counts.resume()
-
-        now = time.monotonic()
-        if consumer.group_metadata().state == MemberState.STABLE:
-            held = sorted(partition for _, partition in counts.by_partition)
-            others = sorted(consumer.partitions_for_topic(TOPIC).difference(held))
-            if (held or others) and describe(held, others, group) != described:
-                described = describe(held, others, group)
-                log.info(described)
+        # A newcomer waits a moment for what the others are about to give up.
+        if share != said and (not share[1] or now - share_since > 1):
+            said = share
+            say_what_is_counted(*share, group)
         if counts.skipped > reported and now >= next_report:
             reported = counts.skipped
             next_report = now + 1
             log.warning("skipped %d malformed events, last %s", reported, counts.last_skipped)
         if left == 0 and counts.changed and now >= next_print and (printed or counts.by_partition):
+            started = time.monotonic()
             print(counts.as_json(), flush=True)
             counts.changed = False
             printed = True
-            next_print = now + max(1.0, 10 * (time.monotonic() - now))
+            next_print = started + max(1.0, 10 * (time.monotonic() - started))
     if counts.skipped > reported:
         log.warning("skipped %d malformed events, last %s", counts.skipped, counts.last_skipped)
     if left == 0 and (printed or counts.by_partition):
         print(counts.as_json(), flush=True)
-    else:
+    elif counts.by_partition:
         log.warning("ended before it had read everything: no counts")
 
 

@@ -119,13 +119,16 @@ def main() -> int:
 
     unconfirmed: deque[tuple[float, Future, str, str]] = deque()  # oldest first
     sent = delivered = failed = 0
-    gave_up = False
+    gave_up = warned = False
     next_send = time.monotonic()
     while True:
         now = time.monotonic()
         sending = sent != options.count and not stopping and not gave_up
         if not sending and not unconfirmed:
             break
+        if stopping and not warned and now - stopping > 1:
+            log.warning("%d events not confirmed yet; Ctrl-C again ends at once", len(unconfirmed))
+            warned = True
         # kafka-python buffers without limit, so while Kafka confirms nothing, send no more.
         held_back = unconfirmed and now - unconfirmed[0][0] > MAX_UNCONFIRMED
         wait = 0.1  # not longer, for a signal does not cut it short

@@ -1,0 +1,201 @@
+"""Nothing lost, nothing counted twice: members and brokers that come, go and crash."""
+
+import random
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from broker import Broker
+from conftest import Start
+from harness import Script, Witness, add, count, line, python, until
+from test_pipeline import settled, shown
+
+LOST = "lost the connection to Kafka; trying again until it is back"
+BACK = "connected to Kafka again"
+
+
+def offsets(lines: list[str]) -> list[tuple[int, int]]:
+    """The (partition, offset) of event lines."""
+    found = (re.match(r"partition=(\d+) offset=(\d+) ", text) for text in lines)
+    return [(int(match[1]), int(match[2])) for match in found if match]
+
+
+def assert_plain(script: Script) -> None:
+    """A few plain lines on stderr, and no traceback."""
+    assert "Traceback" not in script.err
+    assert len(script.err.splitlines()) < 15, script.err
+
+
+def test_another_consumer_takes_over_from_a_killed_one(start: Start, witness: Witness) -> None:
+    producer = start("producer.py", "--interval", "0.001")
+    dead, survivor = start("consumer.py"), start("consumer.py")
+    until(settled(witness, 2), "they share the partitions")
+    until(lambda: len(dead.lines) > 100 and len(survivor.lines) > 100, "they are at it")
+    dead.stop(signal.SIGKILL)
+    died = time.monotonic()
+    committed = witness.committed()
+    until(settled(witness, 1), "the survivor has all partitions", timeout=30)
+    print(f"taken over after {time.monotonic() - died:.1f} s")
+    assert producer.stop() == 0
+    everything = {line(message) for message in witness.log()}
+    # The dead one's last line may be cut off; it is not among the complete lines.
+    until(lambda: {*dead.lines, *survivor.lines} == everything, "nothing is missing")
+    assert survivor.stop() == 0
+    assert Counter(survivor.lines).most_common(1)[0][1] == 1
+    repeated = {*dead.lines} & {*survivor.lines}
+    assert all(offset >= committed.get(number, 0) for number, offset in offsets([*repeated]))
+
+
+@pytest.mark.parametrize(("crash", "outage"), [(True, 12), (False, 2)], ids=["crash", "restart"])
+def test_everybody_outlives_an_outage_of_the_broker(
+    crash: bool, outage: float, start: Start, fragile_broker: Broker
+) -> None:
+    witness = Witness(fragile_broker.address)
+    producer = start("producer.py", "--interval", "0.002")
+    consumers = [start("consumer.py"), start("consumer.py")]
+    processor = start("processor.py", "--group", "counting")
+    scripts = [producer, *consumers, processor]
+    until(settled(witness, 2), "the consumers share the partitions")
+    until(lambda: all(script.lines for script in scripts), "all are at work")
+    (fragile_broker.kill if crash else fragile_broker.stop)()
+    time.sleep(outage)  # longer than the session of a group's member, 10 s, in the crash
+    before = [len(script.lines) for script in scripts]
+    fragile_broker.start()
+    answered = time.monotonic()
+    for script, lines in zip(scripts, before, strict=True):
+        until(lambda: len(script.lines) > lines, f"{script.command[1]} is at work again", 15)
+        print(f"{script.command[1]}: {time.monotonic() - answered:.1f} s after the broker")
+    assert producer.stop() == 0
+    log = witness.log()
+    expected = count(log)
+    until(lambda: len({*shown(*consumers)}) >= len(log), "all events are shown")
+    until(lambda: processor.snapshots[-1] == expected, "all events are counted")
+    for script in (*consumers, processor):
+        assert script.stop() == 0
+    assert producer.err.splitlines()[-1] == f"{len(log)} delivered, 0 failed"
+    assert shown(producer) == sorted(map(line, log))  # each confirmed event is in the log, once
+    assert {*shown(*consumers)} == {*shown(producer)}
+    assert processor.snapshots[-1] == expected
+    for script in scripts:
+        assert_plain(script)
+        assert script.err.count(LOST) == script.err.count(BACK) == 1
+
+
+def test_ctrl_c_during_an_outage(start: Start, fragile_broker: Broker) -> None:
+    producer = start("producer.py", "--interval", "0.001")
+    consumer, processor = start("consumer.py"), start("processor.py", "--group", "counting")
+    until(lambda: consumer.lines and processor.snapshots, "all are at work")
+    fragile_broker.kill()
+    for script in (producer, consumer, processor):
+        until(lambda: LOST in script.err, "it has noticed")
+    for script in (consumer, processor):
+        assert script.stop() == 0
+        assert_plain(script)
+    producer.process.send_signal(signal.SIGINT)
+    until(lambda: "not confirmed yet" in producer.err, "it says what it is waiting for")
+    assert producer.process.poll() is None
+    assert producer.stop() == -signal.SIGINT  # the second one ends it at once
+    assert_plain(producer)
+
+
+def test_members_come_and_go_and_crash_at_random(start: Start, fragile_broker: Broker) -> None:
+    witness = Witness(fragile_broker.address)
+    dice = random.Random(20261123)
+    producer = start("producer.py", "--interval", "0.005")
+    members = [start("consumer.py"), start("processor.py")]
+    gone: list[Script] = []
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if len(members) < 2 or (len(members) < 6 and dice.random() < 0.6):
+            members.append(start(dice.choice(["consumer.py", "processor.py"])))
+        else:
+            member = members.pop(dice.randrange(len(members)))
+            how = dice.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+            status = member.stop(how)
+            if how == signal.SIGKILL:
+                assert status == -how
+            else:
+                # A signal before the script is ready for it ends Python itself.
+                assert status in (0, -how, 130) if not member.err else status == 0
+            gone.append(member)
+        time.sleep(dice.uniform(0.2, 2))
+    assert producer.stop() == 0
+    log = witness.log()
+    processors = [member for member in members if "processor.py" in member.command[1]]
+    processors.append(start("processor.py"))
+    consumers = [m for m in (*members, *gone) if "consumer.py" in m.command[1]]
+    for consumer in consumers:
+        if consumer in members:
+            assert consumer.stop() == 0
+    until(settled(witness, len(processors)), "the processors hold everything")
+    until(
+        lambda: add(*(p.snapshots[-1] for p in processors if p.snapshots)) == count(log),
+        "their counts add up",
+    )
+    for processor in processors:
+        assert processor.stop() == 0
+    consumers.append(start("consumer.py"))
+    everything = {line(message) for message in log}
+    until(lambda: {*shown(*consumers)} >= everything, "every event was shown")
+    assert consumers[-1].stop() == 0
+    for member in (*members, *gone):
+        assert_plain(member)
+
+
+def test_an_interrupted_producer_accounts_for_every_event(start: Start, witness: Witness) -> None:
+    dice = random.Random(4)
+    runs = []
+    for number in range(8):
+        interval = ("0", "0", "0.001", "0.05")[number % 4]
+        producer = start("producer.py", "--interval", interval)
+        until(lambda: producer.lines, "it is at it")
+        time.sleep(dice.uniform(0, 0.5))
+        assert producer.stop(dice.choice([signal.SIGINT, signal.SIGTERM])) == 0
+        assert producer.err.splitlines()[-1] == f"{len(producer.lines)} delivered, 0 failed"
+        runs.append(producer)
+    assert shown(*runs) == sorted(map(line, witness.log()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forsaken_producer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Script | None]:
+    """A producer whose broker has gone for good.
+
+    It takes the delivery time-out, two minutes, to give up, so it is started before all tests.
+    """
+    if not any("never_comes_back" in item.name for item in request.session.items):
+        yield None
+        return
+    folder: Path = tmp_path_factory.mktemp("forsaken")
+    (folder / "broker").mkdir()
+    with Broker(folder / "broker") as broker:
+        environment = {"KAFKA_BOOTSTRAP_SERVERS": broker.address}
+        producer = Script(folder, python("producer.py", "--interval", "0.001"), environment)
+        until(lambda: len(producer.lines) > 100, "it is at it")
+        broker.kill()
+    yield producer
+    producer.process.kill()
+    producer.wait()
+
+
+def test_producer_gives_up_on_a_broker_that_never_comes_back(
+    forsaken_producer: Script, start: Start, broker: Broker
+) -> None:
+    assert forsaken_producer.wait(150) == 1
+    assert_plain(forsaken_producer)
+    match = re.fullmatch(r"(\d+) delivered, (\d+) failed", forsaken_producer.err.splitlines()[-1])
+    assert match
+    assert int(match[1]) == len(forsaken_producer.lines)
+    assert int(match[2]) > 0
+    assert "120 s (the delivery time-out)" in " ".join(helped(start).split())
+
+
+def helped(start: Start) -> str:
+    script = start("producer.py", "--help")
+    assert script.wait() == 0
+    return script.out
