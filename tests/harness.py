@@ -19,7 +19,7 @@ import psutil
 from broker import ROOT
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
+from confluent_kafka.cimpl import NewPartitions, NewTopic
 
 TOPIC = "events"
 GROUP = "event-watchers"
@@ -133,6 +133,16 @@ class Witness:
         self.admin.delete_topics([TOPIC])[TOPIC].result()
         until(lambda: not self.partitions(), "the topic is gone")
 
+    def add_partitions(self, total: int) -> None:
+        self.admin.create_partitions([NewPartitions(TOPIC, total)])[TOPIC].result()
+        until(lambda: len(self.partitions()) == total, "the topic has more partitions")
+
+    def delete_before(self, offsets: dict[int, int]) -> None:
+        """Removes the events before these offsets, as retention does in its own time."""
+        wanted = [TopicPartition(TOPIC, number, offset) for number, offset in offsets.items()]
+        for future in self.admin.delete_records(wanted).values():
+            future.result()
+
     def groups(self) -> list[str]:
         listed = self.admin.list_consumer_groups(request_timeout=PATIENCE).result()
         return [group.group_id for group in listed.valid or []]
@@ -213,7 +223,7 @@ def event(user_id: Any = "alice", action: Any = "view", **fields: Any) -> bytes:
 
 def line(message: Message) -> str:
     """The line that producer and consumer show for a message of printable UTF-8."""
-    key, value = (None if data is None else data.decode() for data in message[2:])
+    key, value = ("null" if data is None else data.decode() for data in message[2:])
     return f"partition={message.partition} offset={message.offset} key={key} {value}"
 
 
@@ -222,7 +232,7 @@ def count(messages: Iterable[Message]) -> Counts:
     total: Counts = {}
     for message in messages:
         assert message.value is not None
-        fields = json.loads(message.value)
+        fields = json.loads(message.value, parse_int=float)
         actions = total.setdefault(fields["user_id"], {})
         actions[fields["action"]] = actions.get(fields["action"], 0) + 1
     return total

@@ -1,0 +1,203 @@
+"""Whatever is on the topic, it is shown in one harmless line each, and good events are counted."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+from conftest import Start
+from harness import Message, Script, Witness, count, event, until
+
+GOOD = [event(user, action) for user in ("alice", "bob") for action in ("view", "click")]
+WITHOUT = [
+    json.dumps({k: v for k, v in json.loads(GOOD[0]).items() if k != field}).encode()
+    for field in ("event_id", "user_id", "action", "timestamp")
+]
+WRONG: list[Any] = [None, 1, 1.5, True, ["view"], {"a": "view"}]
+MALFORMED: dict[str, bytes | None] = {
+    "no value": None,
+    "empty": b"",
+    "not UTF-8": b"\xff\xfe\xfa",
+    "UTF-16": GOOD[0].decode().encode("utf-16"),
+    "UTF-16, no BOM": GOOD[0].decode().encode("utf-16-le"),
+    "a BOM": b"\xef\xbb\xbf" + GOOD[0],
+    "not JSON": b"hello",
+    "cut off": GOOD[0][:-1],
+    "two": GOOD[0] + GOOD[0],
+    "NaN": event(extra=float("nan")),
+    "a list": b"[1, 2]",
+    "a string": b'"alice"',
+    "a number": b"7",
+    "null": b"null",
+    "deep": b"[" * 200_000,
+    "deep and closed": b"[" * 200_000 + b"]" * 200_000,
+    "deep objects": b'{"a":' * 100_000,
+    "6,000 digits": b"1" * 6000,
+    "6,000 digits as user": event("@").replace(b'"@"', b"1" * 6000),
+    "900 kB": b"x" * 900_000,
+    "surrogate byte": event("@").replace(b"@", b"\xed\xa0\x80"),
+    **{f"missing {number}": value for number, value in enumerate(WITHOUT)},
+    **{
+        f"{field} is {wrong!r}": event(**{field: wrong})
+        for field in ("event_id", "user_id", "action", "timestamp")
+        for wrong in WRONG
+    },
+}
+# Events all the same, though their fields are strange.
+STRANGE: dict[str, bytes] = {
+    "empty user": event(""),
+    "lone surrogate": event("\ud800"),
+    "astral": json.dumps({**json.loads(event()), "user_id": "🦀"}, ensure_ascii=False).encode(),
+    "escape sequences": event("\x1b[2J\x1b]0;owned\x07"),
+    "raw control character": event("\x7f").replace(b"\\u007f", b"\x7f"),
+    "line separators": json.dumps(
+        {**json.loads(event()), "user_id": "a\u2028b\u2029c\u0085d"}, ensure_ascii=False
+    ).encode(),
+    "right to left": json.dumps(
+        {**json.loads(event()), "user_id": "\u202eevil\u2066"}, ensure_ascii=False
+    ).encode(),
+    "6,000 digits more": event(extra=0).replace(b": 0}", b": " + b"1" * 6000 + b"}"),
+    "900 kB more": event(extra="x" * 900_000),
+    "space and newlines": b"\r\n\t " + event("spaced") + b"\r\n",
+    "a field twice": event("first").replace(b"{", b'{"user_id": "zeroth", ', 1),
+    "quotes": event('"],\\'),
+}
+KEYS = [None, b"", b"key", b"\xff", b"\x1b[31m", b"a\rb\nc", "\u202e\u2028🦀".encode()]
+
+
+def is_harmless(text: str) -> bool:
+    """Whether a terminal shows the text and does nothing else."""
+    return all(character.isprintable() for character in text)
+
+
+def all_read(script: Script, number: int) -> bool:
+    return len(script.lines) >= number
+
+
+@pytest.fixture
+def mixture(witness: Witness) -> list[Message]:
+    """Everything above on the topic, among good events, under every kind of key."""
+    witness.create(3, **{"max.message.bytes": "1048588"})
+    values: list[bytes | None] = []
+    for value in (*MALFORMED.values(), *STRANGE.values()):
+        values += [GOOD[len(values) // 2 % 4], value]
+    witness.write(
+        (number % 3, KEYS[number % len(KEYS)], value) for number, value in enumerate(values)
+    )
+    log = witness.log()
+    assert len(log) == len(values)
+    return log
+
+
+def test_consumer_shows_everything_in_one_harmless_line(
+    mixture: list[Message], start: Start
+) -> None:
+    consumer = start("consumer.py")
+    until(lambda: all_read(consumer, len(mixture)), "everything is shown")
+    assert consumer.stop() == 0
+    assert "Traceback" not in consumer.err
+    assert len(consumer.lines) == len(mixture)
+    lines = {}
+    for line in consumer.lines:
+        assert is_harmless(line)
+        where, offset, rest = line.split(" ", 2)
+        lines[f"{where} {offset}"] = rest
+    for message in mixture:
+        shown = lines[f"partition={message.partition} offset={message.offset}"]
+        for data in (message.key, message.value):
+            text = "null" if data is None else data.decode(errors="replace")
+            if is_harmless(text) and "\ufffd" not in text:
+                assert text in shown  # as it was sent
+    by_value = {message.value: message for message in mixture}
+    for value, expected in (
+        (None, "null"),
+        (b"\xff\xfe\xfa", r"\xff\xfe\xfa"),
+        (STRANGE["raw control character"], r'"user_id": "\x7f"'),
+        (STRANGE["line separators"], r"a\u2028b\u2029c\x85d"),
+        (STRANGE["right to left"], r"\u202eevil\u2066"),
+        (STRANGE["astral"], "🦀"),
+    ):
+        message = by_value[value]
+        line = lines[f"partition={message.partition} offset={message.offset}"]
+        assert expected in line
+    assert any(line.startswith(r"key=\x1b[31m ") for line in lines.values())
+    assert any(line.startswith(r"key=a\rb\nc ") for line in lines.values())
+    assert any(line.startswith("key=null ") for line in lines.values())
+
+
+def test_processor_counts_the_good_and_names_the_malformed(
+    mixture: list[Message], start: Start
+) -> None:
+    processor = start("processor.py")
+    until(lambda: processor.snapshots, "counts are shown")
+    assert processor.stop() == 0
+    good = [m for m in mixture if m.value in GOOD or m.value in STRANGE.values()]
+    for snapshot in processor.snapshots:
+        assert snapshot == count(good)
+    assert all(is_harmless(line) for line in processor.lines)
+    skipped = [line for line in processor.err.splitlines() if "malformed" in line]
+    assert skipped[-1].startswith(f"skipped {len(MALFORMED)} malformed events, last partition=")
+    assert "Traceback" not in processor.err
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (None, "no value"),
+        (b"hello", "not JSON"),
+        (b"[" * 200_000, "not JSON"),
+        (b"[1]", "not an object"),
+        (WITHOUT[1], "no user_id"),
+        (event(["alice"]), "user_id is not a string"),
+    ],
+)
+def test_processor_says_why(value: bytes | None, why: str, start: Start, witness: Witness) -> None:
+    witness.create(3)
+    witness.write([(2, b"k", GOOD[0]), (2, b"k", value)])
+    processor = start("processor.py")
+    until(lambda: processor.snapshots, "counts are shown")
+    assert f"skipped 1 malformed events, last partition=2 offset=1: {why}\n" in processor.err
+
+
+def test_a_flood_of_malformed_events_neither_floods_stderr_nor_slows_much(
+    start: Start, witness: Witness
+) -> None:
+    def time_to_read() -> float:
+        processor = start("processor.py")
+        until(lambda: processor.snapshots, "counts are shown")
+        began = time.monotonic()  # the process is up; what follows is joining and reading
+        assert processor.stop() == 0
+        processor = start("processor.py")
+        until(lambda: processor.snapshots, "counts are shown")
+        elapsed = time.monotonic() - began
+        assert processor.stop() == 0
+        assert len(processor.err.splitlines()) < 3 + elapsed * 1.5, processor.err
+        return elapsed
+
+    witness.create(3)
+    witness.write((number % 3, None, GOOD[number % 4]) for number in range(100_000))
+    good = time_to_read()
+    witness.clean()
+    witness.create(3)
+    bad = [value for value in MALFORMED.values() if value is None or len(value) < 1000]
+    witness.write((number % 3, b"", bad[number % len(bad)]) for number in range(100_000))
+    malformed = time_to_read()
+    print(f"100,000 good events: {good:.1f} s; malformed: {malformed:.1f} s")
+    assert malformed < 3 * good + 2
+
+
+def test_output_that_cannot_be_encoded_is_escaped(start: Start, witness: Witness) -> None:
+    witness.create(3)
+    witness.write([(0, "Zoë".encode(), STRANGE["astral"])])
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    plain_c = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for number, environment in enumerate((ascii_only, plain_c)):
+        consumer = start("consumer.py", "--group", f"group{number}", environment=environment)
+        until(lambda: consumer.lines, "the event is shown")
+        assert consumer.stop() == 0
+        assert r"key=Zo\xeb " in consumer.lines[0]
+        assert r"\U0001f980" in consumer.lines[0]
+        processor = start("processor.py", "--group", "all", environment=environment)
+        until(lambda: processor.snapshots, "counts are shown")
+        assert processor.stop() == 0
+        assert processor.snapshots[0] == {"🦀": {"view": 1}}
