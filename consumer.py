@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-from kafka import KafkaConsumer
+from kafka import KafkaConsumer, TopicPartition
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import KafkaError
 from kafka.structs import MemberState
@@ -108,18 +108,28 @@ def show_events(consumer: KafkaConsumer) -> None:
     """Until told to stop: print the events that come, then commit them."""
     held = None
     uncommitted = False
+    next_offset: dict[TopicPartition, int] = {}
+    last_error = ""
     while not (stopping or reader_is_gone()):
         try:
             batches = consumer.poll(timeout_ms=500)
         except KafkaError as error:
-            log.warning("%s", error)
+            if str(error) != last_error:
+                last_error = str(error)
+                log.warning("%s; trying again", error)
+            # A poll() that raises may have dropped events (kafka-python's fetch_records() takes
+            # them from its buffer before it sends the next request): go back to them.
+            for partition in consumer.assignment() & next_offset.keys():
+                consumer.seek(partition, next_offset[partition])
+            time.sleep(0.5)
             continue
         assignment = sorted(partition for _, partition in consumer.assignment())
         if consumer.group_metadata().state == MemberState.STABLE and assignment != held:
             held = assignment
             log.info("partitions: %s", ", ".join(map(str, held)) or "none, others have them")
-        for (_, partition), messages in batches.items():
-            prefix = f"partition={partition} offset="
+        for partition, messages in batches.items():
+            next_offset[partition] = messages[-1].offset + 1
+            prefix = f"partition={partition.partition} offset="
             sys.stdout.writelines(
                 f"{prefix}{message.offset} key={shown(message.key)} {shown(message.value)}\n"
                 for message in messages

@@ -169,9 +169,13 @@ class Counts(ConsumerRebalanceListener):
     def still_to_read(self) -> float:
         """How many events the log held, when it gave the partitions, that are not counted yet."""
         left = 0.0
-        for partition in list(self.log_end):
-            highwater = self.consumer.highwater(partition)
+        for partition, next_offset in list(self.next_offset.items()):
             position = self.consumer.position(partition, timeout_ms=0)
+            if position is not None and position < next_offset:
+                self.start(partition)  # kafka-python went back: as below, it is another log
+            if partition not in self.log_end:
+                continue
+            highwater = self.consumer.highwater(partition)
             if highwater is None or position is None:  # nothing has been fetched yet
                 left = math.inf
                 continue
@@ -207,6 +211,9 @@ def share_of(consumer: KafkaConsumer) -> tuple[list[int], list[int]]:
 
 
 def say_what_is_counted(held: list[int], others: list[int], group: str) -> None:
+    if not held and not others:
+        log.info("counting nothing: there is no topic %s at the moment", TOPIC)
+        return
     counted = "partitions " + ", ".join(map(str, held)) if held else "nothing"
     if not others:
         log.info("counting %s: everything", counted)
@@ -225,6 +232,7 @@ def count_events(consumer: KafkaConsumer, counts: Counts, group: str) -> None:
     reported = 0
     left = math.inf
     printed = False
+    last_error = ""
     while not (stopping or reader_is_gone()):
         now = time.monotonic()
         try:
@@ -234,8 +242,11 @@ def count_events(consumer: KafkaConsumer, counts: Counts, group: str) -> None:
             if share != (share := share_of(consumer)):
                 share_since = now
         except KafkaError as error:
-            log.warning("%s", error)
+            if str(error) != last_error:
+                last_error = str(error)
+                log.warning("%s; trying again", error)
             counts.resume()
+            time.sleep(0.5)
         # A newcomer waits a moment for what the others are about to give up.
         if share != said and (not share[1] or now - share_since > 1):
             said = share

@@ -3,6 +3,7 @@
 import random
 import re
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from broker import Broker
+from confluent_kafka import Consumer
 from conftest import Start
-from harness import Script, Witness, add, count, line, python, until
+from harness import GROUP, TOPIC, Script, Witness, add, count, event, line, python, until
 from test_pipeline import settled, shown
 
 LOST = "lost the connection to Kafka; trying again until it is back"
@@ -199,3 +201,59 @@ def helped(start: Start) -> str:
     script = start("producer.py", "--help")
     assert script.wait() == 0
     return script.out
+
+
+# Runs a script with a kafka-python in which every third attempt to send a fetch request fails, as
+# it does when the cluster names a leader that the client does not know yet. fetch_records() has
+# then already taken the last events from its buffer, and they are in nobody's hands.
+FAILING_FETCHES = """
+import runpy, sys
+from kafka.consumer.fetcher import Fetcher
+from kafka.errors import UnknownBrokerIdError
+calls = 0
+send_fetches = Fetcher.send_fetches
+def send_or_fail(self):
+    global calls
+    calls += 1
+    if calls % 3 == 0:
+        raise UnknownBrokerIdError(2)
+    return send_fetches(self)
+Fetcher.send_fetches = send_or_fail
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_poll_that_raises_loses_nothing(start: Start, witness: Witness) -> None:
+    witness.create(3)
+    witness.write((number % 3, b"key", event(f"user {number % 9}")) for number in range(40_000))
+    log = witness.log()
+    failing = [sys.executable, "-c", FAILING_FETCHES]
+    consumer = start(command=[*failing, "consumer.py"])
+    processor = start(command=[*failing, "processor.py", "--group", "counting"])
+    until(lambda: len(consumer.lines) >= len(log), "all events are shown")
+    until(lambda: processor.snapshots, "all events are counted")
+    for script in (consumer, processor):
+        assert script.stop() == 0
+        assert script.err.count("UnknownBrokerIdError: 2; trying again") == 1
+        assert_plain(script)
+    assert shown(consumer) == sorted(map(line, log))
+    assert processor.snapshots[0] == count(log)
+
+
+def test_a_group_of_another_protocol_is_named_and_waited_for(
+    start: Start, witness: Witness
+) -> None:
+    witness.create(3)
+    witness.write([(0, b"key", event())])
+    stranger = Consumer(
+        {**witness.settings, "group.id": GROUP, "partition.assignment.strategy": "range"}
+    )
+    stranger.subscribe([TOPIC])
+    until(lambda: stranger.poll(0.1) or stranger.assignment(), "the stranger has joined")
+    consumer = start("consumer.py")
+    until(lambda: "InconsistentGroupProtocolError" in consumer.err, "it says why it has to wait")
+    stranger.close()
+    until(lambda: consumer.lines, "it goes on when the stranger has left")
+    assert consumer.stop() == 0
+    assert_plain(consumer)

@@ -1,8 +1,10 @@
 """A topic that is not as expected, or changes while the scripts run."""
 
+import contextlib
 import signal
 
 import pytest
+from confluent_kafka import KafkaException
 from conftest import Start
 from harness import TOPIC, Script, Witness, add, count, event, line, until
 from test_pipeline import produce, shown
@@ -94,6 +96,24 @@ def test_the_topic_is_deleted_and_created_anew(events: int, start: Start, witnes
         assert script.stop() == 0
         assert "Traceback" not in script.err
     assert processor.snapshots[-1] == count(log)
+
+
+def test_the_topic_is_replaced_at_once(start: Start, witness: Witness) -> None:
+    """Too quickly for the group to notice: kafka-python believes that the log was truncated."""
+    produce(start, 300)
+    processor = start("processor.py")
+    until(lambda: processor.snapshots, "counts are shown")
+    for number in range(5):
+        witness.admin.delete_topics([TOPIC])[TOPIC].result()
+        with contextlib.suppress(KafkaException):  # the processor was quicker
+            witness.create(3)
+        witness.write((i % 3, b"key", event(f"user {number}")) for i in range(60 - 10 * number))
+        until(
+            lambda: processor.snapshots[-1] == count(witness.log()),
+            "the new topic's events are counted, and no others",
+        )
+    assert processor.stop() == 0
+    assert "Traceback" not in processor.err
 
 
 def test_a_running_producer_outlives_the_topic(start: Start, witness: Witness) -> None:
