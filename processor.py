@@ -74,7 +74,8 @@ def connect(group: str) -> KafkaConsumer:
             metadata_max_age_ms=10_000,  # new partitions are noticed after this
             bootstrap_timeout_ms=10_000,  # say soon that there is no broker
             reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
-            max_partition_fetch_bytes=8 * 1024 * 1024,  # fewer, larger fetches while catching up
+            max_partition_fetch_bytes=4 * 1024 * 1024,  # fewer, larger fetches while catching up
+            fetch_max_wait_ms=100,  # a partition read to its end holds up the others no longer
             max_poll_records=5_000,
         )
     except (KafkaError, ValueError):
@@ -131,6 +132,7 @@ class Counts(ConsumerRebalanceListener):
         # Of partitions not read that far yet: where the log ended when they were given.
         self.log_end: dict[TopicPartition, float] = {}
         self.changed = False
+        self.read = 0  # messages of such partitions, since all had been read
         self.skipped = 0
         self.last_skipped = ""
 
@@ -165,6 +167,7 @@ class Counts(ConsumerRebalanceListener):
                 self.last_skipped = f"partition={message.partition} offset={message.offset}: {why}"
         self.next_offset[partition] = messages[-1].offset + 1
         self.changed = True
+        self.read = self.read + len(messages) if self.log_end else 0
 
     def still_to_read(self) -> float:
         """How many events the log held, when it gave the partitions, that are not counted yet."""
@@ -202,67 +205,104 @@ class Counts(ConsumerRebalanceListener):
         return json.dumps(users, indent=2)  # ASCII: no user_id can drive the terminal
 
 
-def share_of(consumer: KafkaConsumer) -> tuple[list[int], list[int]]:
-    """The partitions of the topic that this processor holds, and the others."""
+class Reporter:
+    """What the processor says on stderr, each thing when it is news and not too often."""
+
+    def __init__(self, group: str) -> None:
+        self.group = group
+        self.share: tuple[list[int], list[int]] | None = None
+        self.share_since = 0.0
+        self.share_said: tuple[list[int], list[int]] = ([], [])
+        self.skipped_said = 0
+        self.next_skipped = 0.0
+        self.next_progress = time.monotonic() + 2
+        self.in_place = False
+        self.error_said = ""
+
+    def counted(self, share: tuple[list[int], list[int]] | None) -> None:
+        """Says which partitions of the topic are counted, and how to count them all."""
+        now = time.monotonic()
+        if share != self.share:
+            self.share, self.share_since = share, now
+        # A newcomer waits a moment for what the others are about to give up.
+        if share in (None, self.share_said) or (share[1] and now - self.share_since < 1):
+            return
+        self.share_said = share
+        held, others = (", ".join(map(str, partitions)) for partitions in share)
+        if not others:
+            log.info("counting %s", f"partitions {held}: everything" if held else "nothing")
+        else:
+            log.info(
+                "counting %s; other members of %s hold %s (to count everything: "
+                "processor.py --group NAME, with a group of its own)",
+                *(f"partitions {held}" if held else "nothing", self.group, others),
+            )
+
+    def skipped(self, number: int, last: str) -> None:
+        """Says how many malformed events were skipped so far and where the last one was."""
+        if number > self.skipped_said and time.monotonic() >= self.next_skipped:
+            log.warning("skipped %d malformed events, last %s", number, last)
+            self.skipped_said = number
+            self.next_skipped = time.monotonic() + 1
+
+    def progress(self, read: int, left: float) -> None:
+        """Says how far a catch-up has come, once it has taken 2 s."""
+        now = time.monotonic()
+        if 0 < left < math.inf and now >= self.next_progress:
+            text = f"read {read:,} of {read + left:,.0f} events"
+            if sys.stderr.isatty():
+                print(text, end="\r", file=sys.stderr, flush=True)
+                self.in_place = True
+                self.next_progress = now + 0.5
+            else:
+                log.info(text)
+                self.next_progress = now + 5
+        elif left == 0:
+            if self.in_place:
+                print(f"read {read:,} of {read:,} events", file=sys.stderr, flush=True)
+                self.in_place = False
+            self.next_progress = now + 2
+
+    def trouble(self, error: KafkaError) -> None:
+        if str(error) != self.error_said:
+            self.error_said = str(error)
+            log.warning("%s; trying again", error)
+
+
+def share_of(consumer: KafkaConsumer) -> tuple[list[int], list[int]] | None:
+    """The topic's partitions that this processor holds and the others; None while that changes."""
     if consumer.group_metadata().state != MemberState.STABLE:
-        return [], []
+        return None
     held = sorted(partition for _, partition in consumer.assignment())
     return held, sorted(consumer.partitions_for_topic(TOPIC).difference(held))
 
 
-def say_what_is_counted(held: list[int], others: list[int], group: str) -> None:
-    if not held and not others:
-        log.info("counting nothing: there is no topic %s at the moment", TOPIC)
-        return
-    counted = "partitions " + ", ".join(map(str, held)) if held else "nothing"
-    if not others:
-        log.info("counting %s: everything", counted)
-    else:
-        log.info(
-            "counting %s; other members of %s hold %s (to count everything: "
-            "processor.py --group NAME, with a group of its own)",
-            *(counted, group, ", ".join(map(str, others))),
-        )
-
-
-def count_events(consumer: KafkaConsumer, counts: Counts, group: str) -> None:
-    """Until told to stop: count the events that come and print the counts when they changed."""
-    said = share = share_of(consumer)
-    share_since = next_print = next_report = 0.0
-    reported = 0
-    left = math.inf
+def count_events(consumer: KafkaConsumer, counts: Counts, report: Reporter) -> None:
+    """Until told to stop: counts the events that come, and prints the counts when they changed."""
     printed = False
-    last_error = ""
+    next_print = 0.0
+    left = math.inf
     while not (stopping or reader_is_gone()):
-        now = time.monotonic()
         try:
             for partition, messages in consumer.poll(timeout_ms=250).items():
                 counts.add(partition, messages)
             left = counts.still_to_read()
-            if share != (share := share_of(consumer)):
-                share_since = now
+            report.counted(share_of(consumer))
         except KafkaError as error:
-            if str(error) != last_error:
-                last_error = str(error)
-                log.warning("%s; trying again", error)
+            report.trouble(error)
             counts.resume()
             time.sleep(0.5)
-        # A newcomer waits a moment for what the others are about to give up.
-        if share != said and (not share[1] or now - share_since > 1):
-            said = share
-            say_what_is_counted(*share, group)
-        if counts.skipped > reported and now >= next_report:
-            reported = counts.skipped
-            next_report = now + 1
-            log.warning("skipped %d malformed events, last %s", reported, counts.last_skipped)
+        report.skipped(counts.skipped, counts.last_skipped)
+        report.progress(counts.read, left)
+        now = time.monotonic()
         if left == 0 and counts.changed and now >= next_print and (printed or counts.by_partition):
-            started = time.monotonic()
             print(counts.as_json(), flush=True)
             counts.changed = False
             printed = True
-            next_print = started + max(1.0, 10 * (time.monotonic() - started))
-    if counts.skipped > reported:
-        log.warning("skipped %d malformed events, last %s", counts.skipped, counts.last_skipped)
+            # At most a tenth of the time goes into printing.
+            next_print = now + max(1.0, 10 * (time.monotonic() - now))
+    report.next_skipped = 0
+    report.skipped(counts.skipped, counts.last_skipped)
     if left == 0 and (printed or counts.by_partition):
         print(counts.as_json(), flush=True)
     elif counts.by_partition:
@@ -279,7 +319,7 @@ def main() -> None:
     counts = Counts(consumer)
     consumer.subscribe([TOPIC], listener=counts)
     try:
-        count_events(consumer, counts, options.group)
+        count_events(consumer, counts, Reporter(options.group))
     except BrokenPipeError:  # nobody reads on (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
