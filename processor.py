@@ -76,7 +76,7 @@ def connect(group: str) -> KafkaConsumer:
             reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
             max_partition_fetch_bytes=4 * 1024 * 1024,  # fewer, larger fetches while catching up
             fetch_max_wait_ms=100,  # a partition read to its end holds up the others no longer
-            max_poll_records=5_000,
+            max_poll_records=5_000,  # so many events are counted between two looks at the rest
         )
     except (KafkaError, ValueError):
         sys.exit(
@@ -164,7 +164,9 @@ class Counts(ConsumerRebalanceListener):
                 counts[read_event(message.value)] += 1
             except ValueError as why:
                 self.skipped += 1
-                self.last_skipped = f"partition={message.partition} offset={message.offset}: {why}"
+                self.last_skipped = (
+                    f"at partition={message.partition} offset={message.offset}: {why}"
+                )
         self.next_offset[partition] = messages[-1].offset + 1
         self.changed = True
         self.read = self.read + len(messages) if self.log_end else 0
@@ -202,9 +204,8 @@ class Counts(ConsumerRebalanceListener):
         users: dict[str, dict[str, int]] = {}
         for (user_id, action), number in total.items():
             users.setdefault(user_id, {})[action] = number
-        return json.dumps(
-            users, indent=2, sort_keys=True
-        )  # ASCII: no user_id can drive the terminal
+        # json.dumps() escapes all but ASCII, so that no user_id can drive the terminal.
+        return json.dumps(users, indent=2, sort_keys=True)
 
 
 class Reporter:
@@ -231,19 +232,20 @@ class Reporter:
             return
         self.share_said = share
         held, others = (", ".join(map(str, partitions)) for partitions in share)
-        if not others:
-            log.info("counting %s", f"partitions {held}: everything" if held else "nothing")
-        else:
+        counting = f"partition{'s' * (len(share[0]) > 1)} {held}" if held else "nothing"
+        if others:
             log.info(
                 "counting %s; other members of %s hold %s (to count everything: "
                 "processor.py --group NAME, with a group of its own)",
-                *(f"partitions {held}" if held else "nothing", self.group, others),
+                *(counting, self.group, others),
             )
+        else:
+            log.info("counting %s", f"{counting}: everything" if held else counting)
 
     def skipped(self, number: int, last: str) -> None:
         """Says how many malformed events were skipped so far and where the last one was."""
         if number > self.skipped_said and time.monotonic() >= self.next_skipped:
-            log.warning("skipped %d malformed events, last %s", number, last)
+            log.warning("malformed events skipped: %d, the last %s", number, last)
             self.skipped_said = number
             self.next_skipped = time.monotonic() + 1
 

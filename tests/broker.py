@@ -156,7 +156,7 @@ def serve() -> int:
     broker = Broker(folder, PORT)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: sys.exit())
-    print(f"starting Kafka {VERSION}; the first time it is downloaded (about 90 MB)", flush=True)
+    print(f"starting Kafka {VERSION} (the first time, 44 MB are downloaded)", flush=True)
     broker.start()
     assert broker.process is not None
     try:

@@ -136,7 +136,7 @@ def test_processor_counts_the_good_and_names_the_malformed(
         assert snapshot == count(good)
     assert all(is_harmless(line) for line in processor.lines)
     skipped = [line for line in processor.err.splitlines() if "malformed" in line]
-    assert skipped[-1].startswith(f"skipped {len(MALFORMED)} malformed events, last partition=")
+    assert skipped[-1].startswith(f"malformed events skipped: {len(MALFORMED)}, the last at ")
     assert "Traceback" not in processor.err
 
 
@@ -156,7 +156,8 @@ def test_processor_says_why(value: bytes | None, why: str, start: Start, witness
     witness.write([(2, b"k", GOOD[0]), (2, b"k", value)])
     processor = start("processor.py")
     until(lambda: processor.snapshots, "counts are shown")
-    assert f"skipped 1 malformed events, last partition=2 offset=1: {why}\n" in processor.err
+    said = f"malformed events skipped: 1, the last at partition=2 offset=1: {why}\n"
+    assert said in processor.err
 
 
 def test_a_flood_of_malformed_events_neither_floods_stderr_nor_slows_much(

@@ -338,7 +338,7 @@ def test_processor_beside_two_consumers_counts_its_share(start: Start, witness: 
     producer = produce(start, 900)
     [mine] = until(
         lambda: re.findall(
-            r"^counting partitions (\d); other members .* hold \d, \d", processor.err, re.M
+            r"^counting partition (\d); other members .* hold \d, \d", processor.err, re.M
         ),
         "it says what it counts and who holds the rest",
     )
