@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaConsumer
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import KafkaError
 from kafka.structs import MemberState
@@ -105,32 +105,42 @@ def reader_is_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def rewind(consumer: KafkaConsumer) -> None:
+    """Goes back, on all partitions held, to where the group has committed."""
+    for partition in consumer.assignment():
+        offset = consumer.committed(partition, timeout_ms=1_000)
+        if offset is None:
+            consumer.seek_to_beginning(partition)
+        else:
+            consumer.seek(partition, offset)
+
+
 def show_events(consumer: KafkaConsumer) -> None:
     """Until told to stop: print the events that come, then commit them."""
     held = None
-    uncommitted = False
-    next_offset: dict[TopicPartition, int] = {}
+    uncommitted = failed = False
     last_error = ""
     while not (stopping or reader_is_gone()):
         try:
+            if failed:
+                # poll() raised, and kafka-python's fetch_records() may by then have taken events
+                # from its buffer: their positions have moved, but nobody has seen them.
+                rewind(consumer)
+                failed = uncommitted = False
             batches = consumer.poll(timeout_ms=500)
         except KafkaError as error:
+            failed = True
             if str(error) != last_error:
                 last_error = str(error)
                 log.warning("%s; trying again", error)
-            # A poll() that raises may have dropped events (kafka-python's fetch_records() takes
-            # them from its buffer before it sends the next request): go back to them.
-            for partition in consumer.assignment() & next_offset.keys():
-                consumer.seek(partition, next_offset[partition])
             time.sleep(0.5)
             continue
         assignment = sorted(partition for _, partition in consumer.assignment())
         if consumer.group_metadata().state == MemberState.STABLE and assignment != held:
             held = assignment
             log.info("partitions: %s", ", ".join(map(str, held)) or "none, others have them")
-        for partition, messages in batches.items():
-            next_offset[partition] = messages[-1].offset + 1
-            prefix = f"partition={partition.partition} offset="
+        for (_, partition), messages in batches.items():
+            prefix = f"partition={partition} offset="
             sys.stdout.writelines(
                 f"{prefix}{message.offset} key={shown(message.key)} {shown(message.value)}\n"
                 for message in messages

@@ -203,22 +203,27 @@ def helped(start: Start) -> str:
     return script.out
 
 
-# Runs a script with a kafka-python in which every third attempt to send a fetch request fails, as
-# it does when the cluster names a leader that the client does not know yet. fetch_records() has
-# then already taken the last events from its buffer, and they are in nobody's hands.
+# Runs a script with a kafka-python that cannot send a fetch request, when it has just taken events
+# from its buffer, the first and the third time; as happens when the cluster names a leader that the
+# client does not know yet. The events are then in nobody's hands.
 FAILING_FETCHES = """
 import runpy, sys
 from kafka.consumer.fetcher import Fetcher
 from kafka.errors import UnknownBrokerIdError
-calls = 0
-send_fetches = Fetcher.send_fetches
+fetched_records, send_fetches = Fetcher.fetched_records, Fetcher.send_fetches
+taken, times = False, 0
+def fetch(self, *args, **kwargs):
+    global taken
+    records, partial = fetched_records(self, *args, **kwargs)
+    taken = bool(records)
+    return records, partial
 def send_or_fail(self):
-    global calls
-    calls += 1
-    if calls % 3 == 0:
+    global times
+    times += taken
+    if taken and times in (1, 3):
         raise UnknownBrokerIdError(2)
     return send_fetches(self)
-Fetcher.send_fetches = send_or_fail
+Fetcher.fetched_records, Fetcher.send_fetches = fetch, send_or_fail
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
