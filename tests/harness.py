@@ -95,6 +95,10 @@ class Script:
         self.process.send_signal(signum)
         return self.wait(timeout)
 
+    def connected(self) -> bool:
+        """Whether it has a connection; then its signal handlers are in place as well."""
+        return any(process.net_connections() for process in self.tree())
+
     def tree(self) -> list[psutil.Process]:
         try:
             process = psutil.Process(self.process.pid)

@@ -4,7 +4,9 @@ import ast
 import itertools
 import json
 import re
+import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -21,6 +23,7 @@ from harness import (
     count,
     event,
     line,
+    python,
     until,
 )
 from kafka.partitioner import murmur2
@@ -372,6 +375,40 @@ def test_processor_beside_three_consumers_holds_nothing(start: Start, witness: W
     for consumer in consumers:
         assert consumer.stop() == 0
     assert len(shown(*consumers)) == 90
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["file", "terminal"])
+def test_a_long_catch_up_shows_its_progress(terminal: bool, start: Start, witness: Witness) -> None:
+    witness.create(3)
+    witness.write((number % 3, b"key", event()) for number in range(200_000))
+    spawn = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
+    script = start(command=[*(spawn if terminal else []), *python("processor.py")])
+
+    def said() -> str:
+        return script.out if terminal else script.err
+
+    until(lambda: "counting" in said(), "it has its partitions")
+    # It is held up in its first second, for long enough to make this a long catch-up.
+    processor = script.tree()[-1]
+    processor.suspend()
+    time.sleep(3)
+    processor.resume()
+    until(lambda: "}" in script.out, "counts are shown")
+    [first, *_] = re.findall(r"^read ([\d,]+) of 200,000 events(\r|$)", said(), re.MULTILINE)
+    assert 0 < int(first[0].replace(",", "")) < 200_000
+    if terminal:
+        assert first[1] == "\r"  # in place: the next line is written over it
+        assert "read 200,000 of 200,000 events\r\n" in said()
+    processor.send_signal(signal.SIGINT)
+    assert script.wait() == 0
+
+
+def test_a_quick_catch_up_shows_none(start: Start, witness: Witness) -> None:
+    produce(start, 1000)
+    processor = start("processor.py")
+    until(lambda: processor.snapshots, "counts are shown")
+    assert processor.stop() == 0
+    assert processor.err == "counting partitions 0, 1, 2: everything\n"
 
 
 def test_processor_never_commits(start: Start, witness: Witness) -> None:

@@ -64,9 +64,7 @@ def test_no_broker_is_one_line_and_status_1(
 def test_a_signal_ends_the_wait_for_a_broker(signum: int, start: Start, silent_server: str) -> None:
     scripts = [start(name, address=silent_server) for name in SCRIPTS]
     for script in scripts:
-        [process] = script.tree()
-        # Its connection to the port means that it waits, with its signal handlers in place.
-        until(lambda: process.net_connections(), "it waits for the broker")
+        until(script.connected, "it waits for the broker")
     for script in scripts:
         assert script.stop(signum, timeout=5) == 0
         assert (script.out, script.err) == ("", "")
