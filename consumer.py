@@ -58,7 +58,8 @@ def connect(group: str) -> KafkaConsumer:
     logging.getLogger("kafka").addHandler(ConnectionWatch())
     logging.getLogger("kafka").propagate = False
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: sys.exit())  # so far there is nothing to finish
+        # Nothing to finish yet; and kafka-python's event loop would swallow a SystemExit.
+        signal.signal(signum, lambda *_: os._exit(0))
     try:
         consumer = KafkaConsumer(
             TOPIC,

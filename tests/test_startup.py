@@ -1,6 +1,7 @@
 """How the scripts start and end when something about them, not Kafka, is unusual."""
 
 import http.server
+import random
 import re
 import shlex
 import signal
@@ -68,6 +69,18 @@ def test_a_signal_ends_the_wait_for_a_broker(signum: int, start: Start, silent_s
     for script in scripts:
         assert script.stop(signum, timeout=5) == 0
         assert (script.out, script.err) == ("", "")
+
+
+def test_a_signal_at_any_moment_of_the_start_ends_it(start: Start, witness: Witness) -> None:
+    dice = random.Random(6)
+    for _ in range(10):
+        scripts = [(start(name), dice.choice([signal.SIGINT, signal.SIGTERM])) for name in SCRIPTS]
+        time.sleep(dice.uniform(0.1, 0.6))
+        for script, signum in scripts:
+            script.process.send_signal(signum)
+        for script, signum in scripts:
+            # Before a script has come to its first line, the signal ends Python itself.
+            assert script.wait(20) in (0, -signum)
 
 
 @pytest.mark.parametrize(
