@@ -131,7 +131,8 @@ def show_events(consumer: KafkaConsumer) -> None:
             batches = consumer.poll(timeout_ms=500)
         except KafkaError as error:
             failed = True
-            if str(error) != last_error:
+            # That the connection is lost has been said; what is left is for the reader to mend.
+            if not error.retriable and str(error) != last_error:
                 last_error = str(error)
                 log.warning("%s; trying again", error)
             time.sleep(0.5)

@@ -269,7 +269,8 @@ class Reporter:
             self.next_progress = now + 2
 
     def trouble(self, error: KafkaError) -> None:
-        if str(error) != self.error_said:
+        # That the connection is lost has been said; what is left is for the reader to mend.
+        if not error.retriable and str(error) != self.error_said:
             self.error_said = str(error)
             log.warning("%s; trying again", error)
 

@@ -1,6 +1,7 @@
 """Every test runs against brokers of its own, on free ports, and leaves no process behind."""
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,15 @@ from broker import Broker
 from harness import Script, Witness, python, until
 
 Start = Callable[..., Script]
+
+# A shell's background jobs start with Ctrl-C ignored, and would hand that on to the scripts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# After a kill -9 the controller lets the broker back in when its session is over, 9 s by default.
+QUICK_RETURN = {
+    "KAFKA_BROKER_SESSION_TIMEOUT_MS": "1500",
+    "KAFKA_BROKER_HEARTBEAT_INTERVAL_MS": "300",
+}
 
 
 @pytest.fixture(scope="session")
@@ -37,14 +47,9 @@ def broker(lasting_broker: Broker) -> Broker:
 @pytest.fixture
 def fragile_broker(tmp_path: Path) -> Iterator[Broker]:
     """A running broker for one test, which may kill it."""
-    # After a kill -9 the controller lets the broker back in when its session is over: 9 s.
-    quick = {
-        "KAFKA_BROKER_SESSION_TIMEOUT_MS": "1500",
-        "KAFKA_BROKER_HEARTBEAT_INTERVAL_MS": "300",
-    }
     folder = tmp_path / "broker"
     folder.mkdir()
-    with Broker(folder, environment=quick) as broker:
+    with Broker(folder, environment=QUICK_RETURN) as broker:
         yield broker
 
 

@@ -3,12 +3,16 @@
 The witness is confluent-kafka (librdkafka), which shares no code with the client under test.
 """
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -105,6 +109,43 @@ class Script:
             return [process, *process.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+
+class Proxy:
+    """Passes connections on to a port, and goes on accepting them while nobody listens there.
+
+    So does Docker's for a published port: a client gets a connection to a broker that is down, and
+    loses it at once.
+    """
+
+    def __init__(self, port: int, target: int) -> None:
+        self.target = target
+        self.listener = socket.create_server(("127.0.0.1", port), backlog=100)
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            while True:
+                client, _ = self.listener.accept()
+                try:
+                    server = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    client.close()
+                    continue
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self.copy, args=pair, daemon=True).start()
+
+    def copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.listener.close()
 
 
 class Message(NamedTuple):

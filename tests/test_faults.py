@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker import Broker
+from broker import Broker, free_port
 from confluent_kafka import Consumer
-from conftest import Start
-from harness import GROUP, TOPIC, Script, Witness, add, count, event, line, python, until
+from conftest import QUICK_RETURN, Start
+from harness import GROUP, TOPIC, Proxy, Script, Witness, add, count, event, line, python, until
 from test_pipeline import settled, shown
 
 LOST = "lost the connection to Kafka; trying again until it is back"
@@ -52,21 +52,40 @@ def test_another_consumer_takes_over_from_a_killed_one(start: Start, witness: Wi
     assert all(offset >= committed.get(number, 0) for number, offset in offsets([*repeated]))
 
 
-@pytest.mark.parametrize(("crash", "outage"), [(True, 12), (False, 2)], ids=["crash", "restart"])
+@pytest.fixture(params=["directly", "through a proxy"])
+def outage_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Broker, str]]:
+    """A broker to stop and start, and the address at which the clients find it."""
+    folder = tmp_path / "broker"
+    folder.mkdir()
+    if request.param == "directly":
+        with Broker(folder, environment=QUICK_RETURN) as broker:
+            yield broker, broker.address
+        return
+    public = free_port()
+    listeners = {"KAFKA_ADVERTISED_LISTENERS": f"PLAINTEXT://localhost:{public}"}
+    with Broker(folder, environment=listeners) as broker:
+        proxy = Proxy(public, broker.port)
+        yield broker, f"localhost:{public}"
+        proxy.close()
+
+
 def test_everybody_outlives_an_outage_of_the_broker(
-    crash: bool, outage: float, start: Start, fragile_broker: Broker
+    start: Start, outage_broker: tuple[Broker, str]
 ) -> None:
-    witness = Witness(fragile_broker.address)
-    producer = start("producer.py", "--interval", "0.002")
-    consumers = [start("consumer.py"), start("consumer.py")]
-    processor = start("processor.py", "--group", "counting")
+    broker, address = outage_broker
+    crash = address == broker.address
+    witness = Witness(address)
+    producer = start("producer.py", "--interval", "0.002", address=address)
+    consumers = [start("consumer.py", address=address) for _ in range(2)]
+    processor = start("processor.py", "--group", "counting", address=address)
     scripts = [producer, *consumers, processor]
     until(settled(witness, 2), "the consumers share the partitions")
     until(lambda: all(script.lines for script in scripts), "all are at work")
-    (fragile_broker.kill if crash else fragile_broker.stop)()
-    time.sleep(outage)  # longer than the session of a group's member, 10 s, in the crash
+    # A crash for longer than the session of a group's member, 10 s; or a short, clean stop.
+    (broker.kill if crash else broker.stop)()
+    time.sleep(12 if crash else 3)
     before = [len(script.lines) for script in scripts]
-    fragile_broker.start()
+    broker.start()
     answered = time.monotonic()
     for script, lines in zip(scripts, before, strict=True):
         until(lambda: len(script.lines) > lines, f"{script.command[1]} is at work again", 15)
