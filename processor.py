@@ -132,7 +132,7 @@ class Counts(ConsumerRebalanceListener):
         self.next_offset: dict[TopicPartition, int] = {}
         # Of partitions not read that far yet: where the log ended when they were given.
         self.log_end: dict[TopicPartition, float] = {}
-        self.changed = False
+        self.changed = self.held_some = False
         self.read = 0  # messages of such partitions, since all had been read
         self.skipped = 0
         self.last_skipped = ""
@@ -153,7 +153,7 @@ class Counts(ConsumerRebalanceListener):
         self.next_offset[partition] = 0
         self.log_end[partition] = math.inf
         self.consumer.seek_to_beginning(partition)
-        self.changed = True
+        self.changed = self.held_some = True
 
     def add(self, partition: TopicPartition, messages: list[Any]) -> None:
         if messages[0].offset < self.next_offset[partition]:
@@ -192,6 +192,10 @@ class Counts(ConsumerRebalanceListener):
             else:
                 del self.log_end[partition]
         return left
+
+    def whole(self) -> bool:
+        """Whether all has been counted that the log held when it gave the partitions, if any."""
+        return self.held_some and not self.log_end
 
     def resume(self) -> None:
         """Goes on after the last event counted: a poll() that raised may have dropped events."""
@@ -285,7 +289,6 @@ def share_of(consumer: KafkaConsumer) -> tuple[list[int], list[int]] | None:
 
 def count_events(consumer: KafkaConsumer, counts: Counts, report: Reporter) -> None:
     """Until told to stop: counts the events that come, and prints the counts when they changed."""
-    printed = False
     next_print = 0.0
     left = math.inf
     while not (stopping or reader_is_gone()):
@@ -301,15 +304,14 @@ def count_events(consumer: KafkaConsumer, counts: Counts, report: Reporter) -> N
         report.skipped(counts.skipped, counts.last_skipped)
         report.progress(counts.read, left)
         now = time.monotonic()
-        if left == 0 and counts.changed and now >= next_print and (printed or counts.by_partition):
+        if counts.whole() and counts.changed and now >= next_print:
             print(counts.as_json(), flush=True)
             counts.changed = False
-            printed = True
             # Printing takes less than a tenth of the time, however many users there are.
             next_print = now + max(1.0, 15 * (time.monotonic() - now))
     report.next_skipped = 0
     report.skipped(counts.skipped, counts.last_skipped)
-    if left == 0 and (printed or counts.by_partition):
+    if counts.whole():
         print(counts.as_json(), flush=True)
     elif counts.by_partition:
         log.warning("ended before it had read everything: no counts")
