@@ -380,7 +380,7 @@ def test_processor_beside_three_consumers_holds_nothing(start: Start, witness: W
 @pytest.mark.parametrize("terminal", [False, True], ids=["file", "terminal"])
 def test_a_long_catch_up_shows_its_progress(terminal: bool, start: Start, witness: Witness) -> None:
     witness.create(3)
-    witness.write((number % 3, b"key", event()) for number in range(200_000))
+    witness.write((number % 3, b"key", event()) for number in range(100_000))
     spawn = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
     script = start(command=[*(spawn if terminal else []), *python("processor.py")])
 
@@ -394,11 +394,11 @@ def test_a_long_catch_up_shows_its_progress(terminal: bool, start: Start, witnes
     time.sleep(3)
     processor.resume()
     until(lambda: "}" in script.out, "counts are shown")
-    [first, *_] = re.findall(r"^read ([\d,]+) of 200,000 events(\r|$)", said(), re.MULTILINE)
-    assert 0 < int(first[0].replace(",", "")) < 200_000
+    [first, *_] = re.findall(r"^read ([\d,]+) of 100,000 events(\r|$)", said(), re.MULTILINE)
+    assert 0 < int(first[0].replace(",", "")) < 100_000
     if terminal:
         assert first[1] == "\r"  # in place: the next line is written over it
-        assert "read 200,000 of 200,000 events\r\n" in said()
+        assert "read 100,000 of 100,000 events\r\n" in said()
     processor.send_signal(signal.SIGINT)
     assert script.wait() == 0
 

@@ -104,11 +104,11 @@ def test_the_topic_is_replaced_at_once(start: Start, witness: Witness) -> None:
     produce(start, 300)
     processor = start("processor.py")
     until(lambda: processor.snapshots, "counts are shown")
-    for number in range(3):
+    for number in range(2):
         witness.admin.delete_topics([TOPIC])[TOPIC].result()
         with contextlib.suppress(KafkaException):  # the processor was quicker
             witness.create(3)
-        witness.write((i % 3, b"key", event(f"user {number}")) for i in range(60 - 20 * number))
+        witness.write((i % 3, b"key", event(f"user {number}")) for i in range(60 - 30 * number))
         until(
             lambda: processor.snapshots[-1] == count(witness.log()),
             "the new topic's events are counted, and no others",
