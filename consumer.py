@@ -128,6 +128,10 @@ def show_events(consumer: KafkaConsumer) -> None:
                 # from its buffer: their positions have moved, but nobody has seen them.
                 rewind(consumer)
                 failed = uncommitted = False
+            if consumer.group_metadata().state == MemberState.REBALANCING:
+                # kafka-python 3.0.12 forgets the rejoin of a leader that saw the topic change, if
+                # the last poll() was over before it: _perform_assignment() clears its cause.
+                consumer._coordinator.request_rejoin()
             batches = consumer.poll(timeout_ms=500)
         except KafkaError as error:
             failed = True

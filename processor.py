@@ -293,6 +293,10 @@ def count_events(consumer: KafkaConsumer, counts: Counts, report: Reporter) -> N
     left = math.inf
     while not (stopping or reader_is_gone()):
         try:
+            if consumer.group_metadata().state == MemberState.REBALANCING:
+                # kafka-python 3.0.12 forgets the rejoin of a leader that saw the topic change, if
+                # the last poll() was over before it: _perform_assignment() clears its cause.
+                consumer._coordinator.request_rejoin()
             for partition, messages in consumer.poll(timeout_ms=250).items():
                 counts.add(partition, messages)
             left = counts.still_to_read()
