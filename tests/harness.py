@@ -6,7 +6,6 @@ The witness is confluent-kafka (librdkafka), which shares no code with the clien
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import struct
@@ -27,7 +26,6 @@ from confluent_kafka.cimpl import NewPartitions, NewTopic
 
 TOPIC = "events"
 GROUP = "event-watchers"
-EVENT_LINE = re.compile(r"partition=(\d+) offset=(\d+) key=(.*?) (\{.*\}|null|.*)")
 PATIENCE = 60.0  # seconds; generous, for a test that passes does not wait for it
 
 Counts = dict[str, dict[str, int]]
