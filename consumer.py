@@ -2,89 +2,121 @@
 
 python consumer.py                a member of the group "event-watchers"
 python consumer.py --group mine   the first member of another group: it gets every event as well
+
+KAFKA_BOOTSTRAP_SERVERS in the environment says where Kafka is (default: localhost:9092).
 """
 
 import argparse
+import errno
 import io
 import logging
 import os
-import select
+import re
 import signal
 import sys
+import threading
 import time
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 from kafka import KafkaConsumer
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, KafkaTimeoutError
 from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
 GROUP_ID = "event-watchers"
+# For a cluster that asks who you are: KAFKA_SECURITY_PROTOCOL, KAFKA_SASL_MECHANISM, … (README)
+SECURITY = {
+    name.removeprefix("KAFKA_").lower(): value
+    for name, value in os.environ.items()
+    if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
+}
+NO_TOPIC = f"waiting: there is no topic {TOPIC}, or no right to read it"
 
-log = logging.getLogger("consumer")
-stopping = 0.0  # when the first signal came
+log = logging.getLogger("consumer.py")
+stopping = False
 
 
-def stop(signum: int, frame: object) -> None:
-    """Ctrl-C or SIGTERM: finish the work in hand, then end; the second time, end at once."""
+def stop(*_: object) -> None:
+    """Ctrl-C or SIGTERM: finish the work in hand, then end."""
     global stopping
-    now = time.monotonic()
-    if stopping and now - stopping > 0.2:  # sooner, it is one signal sent twice, as timeout(1) does
-        signal.signal(signum, signal.SIG_DFL)
-        signal.raise_signal(signum)
-    stopping = stopping or now
+    stopping = True
 
 
-class ConnectionWatch(logging.Handler):
-    """Makes two plain lines of all that kafka-python logs: the connection is lost; it is back."""
+class ConnectionLog(logging.Handler):
+    """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    state = "new"
+    def __init__(self) -> None:
+        super().__init__()
+        self.connections: WeakSet[Any] = WeakSet()
+        self.lost: bool | None = None  # None: there has been none yet
+        self.reasons: dict[str, None] = {}  # why connections failed, in order, each once
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if text.endswith(": Connected"):
-            if self.state == "lost":
-                log.warning("connected to Kafka again")
-            self.state = "connected"
-        elif ": Connection lost: " in text and self.state == "connected":
+        connection, *reason = record.args or [None]
+        if record.msg == "%s: Connected":
+            self.connections.add(connection)
+        elif record.msg == "%s: Connection lost: %s":
+            self.reasons[str(*reason).rpartition("Error: ")[2]] = None
+        else:
+            return
+        # Of several brokers one may go: Kafka is lost with the last connection.
+        lost = not any(connection.connected for connection in self.connections)
+        if lost and self.lost is False:
             log.warning("lost the connection to Kafka; trying again until it is back")
-            self.state = "lost"
+        elif self.lost and not lost:
+            log.warning("connected to Kafka again")
+        if not lost or self.lost is not None:
+            self.lost = lost
 
 
-def connect(group: str) -> KafkaConsumer:
-    """Ends the script with one line and status 1 if there is no broker within 10 s."""
+def connect(client: Any, **settings: Any) -> Any:
+    """A connected client. Without one in 10 s it ends the script: the reason, and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("kafka").addHandler(ConnectionWatch())
+    connection_log = ConnectionLog()
+    logging.getLogger("kafka").addHandler(connection_log)
     logging.getLogger("kafka").propagate = False
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        # Nothing to finish yet; and kafka-python's event loop would swallow a SystemExit.
-        signal.signal(signum, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
+    waiting = threading.Timer(2, log.info, [f"not connected to {BOOTSTRAP_SERVERS} yet"])
+    waiting.start()
     try:
-        consumer = KafkaConsumer(
-            TOPIC,
+        for name, value in SECURITY.items():
+            if name not in client.DEFAULT_CONFIG:
+                raise ValueError(f"unknown setting KAFKA_{name.upper()}")
+            if name.endswith("file"):
+                Path(value).open().close()  # kafka-python says that a file is missing, not which
+        return client(
             bootstrap_servers=BOOTSTRAP_SERVERS,
-            group_id=group,
-            auto_offset_reset="earliest",  # where the group has committed nothing: from the start
-            enable_auto_commit=False,  # which would commit events not yet shown
-            partition_assignment_strategy=[CooperativeStickyAssignor],  # move no more than needed
-            session_timeout_ms=10_000,  # a member that died is noticed after this
-            heartbeat_interval_ms=500,  # a member that came or left is noticed after this
-            metadata_max_age_ms=10_000,  # new partitions are noticed after this
+            client_id=log.name,  # tells the members of a group apart from outside
             bootstrap_timeout_ms=10_000,  # say soon that there is no broker
             reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
-            max_partition_fetch_bytes=4 * 1024 * 1024,  # fewer, larger fetches while catching up
-            fetch_max_wait_ms=100,  # a partition read to its end holds up the others no longer
-            max_poll_records=5_000,  # and fewer commits
+            **SECURITY,
+            **settings,
         )
-    except (KafkaError, ValueError):
-        sys.exit(
-            f"no Kafka broker at {BOOTSTRAP_SERVERS}; start one with "
-            "`docker compose up -d --wait` or `python tests/broker.py`"
+    except KafkaTimeoutError:
+        reason = "; ".join(connection_log.reasons) or "no answer"
+    except (KafkaError, OSError, ValueError) as error:
+        reason = str(error)
+    finally:
+        waiting.cancel()
+    for theirs, plain in (
+        ("DNS Resolution failure", "host name not known"),
+        (
+            "socket disconnected",
+            "closed by the other side; authentication failed, other security "
+            "settings are wrong, or it is no Kafka",
+        ),
+    ):
+        reason = reason.replace(theirs, plain)
+    if re.fullmatch(r"\d+ ECONNREFUSED", reason):
+        reason = (
+            "connection refused; start a broker with `docker compose up -d --wait` or "
+            "`python tests/broker.py`"
         )
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
-    return consumer
+    sys.exit(f"no connection to Kafka at {BOOTSTRAP_SERVERS}: {reason}")
 
 
 def shown(data: bytes | None) -> str:
@@ -97,88 +129,105 @@ def shown(data: bytes | None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def reader_is_gone() -> bool:
-    """Whether nobody reads stdout any more (| head), which an idle script would not notice."""
-    if not hasattr(select, "poll"):  # Windows
-        return False
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def rewind(consumer: KafkaConsumer) -> None:
-    """Goes back, on all partitions held, to where the group has committed."""
-    for partition in consumer.assignment():
-        offset = consumer.committed(partition, timeout_ms=1_000)
-        if offset is None:
-            consumer.seek_to_beginning(partition)
-        else:
-            consumer.seek(partition, offset)
+def poll(consumer: KafkaConsumer, rewind: bool) -> dict[Any, list[Any]]:
+    """The next events of each partition held; `rewind`: from where the group has committed."""
+    if rewind:
+        for partition in consumer.assignment():
+            consumer.seek(partition, consumer.committed(partition, timeout_ms=1_000) or 0)
+    if consumer.group_metadata().state == MemberState.REBALANCING:
+        # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets it if
+        # poll() ends before the join: _perform_assignment() clears the cause.
+        consumer._coordinator.request_rejoin()
+    batches: dict[Any, list[Any]] = consumer.poll(timeout_ms=500)
+    return batches
 
 
 def show_events(consumer: KafkaConsumer) -> None:
-    """Until told to stop: print the events that come, then commit them."""
-    held = None
+    """Until told to stop: prints the events that come, then commits them."""
+    said = generation = None
+    joined = 0.0
     uncommitted = failed = False
     last_error = ""
-    while not (stopping or reader_is_gone()):
+    while not stopping:
         try:
-            if failed:
-                # poll() raised, and kafka-python's fetch_records() may by then have taken events
-                # from its buffer: their positions have moved, but nobody has seen them.
-                rewind(consumer)
-                failed = uncommitted = False
-            if consumer.group_metadata().state == MemberState.REBALANCING:
-                # kafka-python 3.0.12 forgets the rejoin of a leader that saw the topic change, if
-                # the last poll() was over before it: _perform_assignment() clears its cause.
-                consumer._coordinator.request_rejoin()
-            batches = consumer.poll(timeout_ms=500)
+            batches = poll(consumer, rewind=failed)
+            failed = False
+            group = consumer.group_metadata()
+            if group.generation_id != generation:
+                generation, joined = group.generation_id, time.monotonic()
+            held = sorted(partition for _, partition in consumer.assignment())
+            # A newcomer gets nothing at first: the others have to give something up for it.
+            settled = held or time.monotonic() - joined > 2
+            if held != said and settled and group.state == MemberState.STABLE:
+                said = held
+                why = "others have them" if consumer.partitions_for_topic(TOPIC) else NO_TOPIC
+                log.info("partitions: %s", ", ".join(map(str, held)) or f"none, {why}")
         except KafkaError as error:
-            failed = True
-            # That the connection is lost has been said; what is left is for the reader to mend.
-            if not error.retriable and str(error) != last_error:
+            # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
+            # events from its buffer: the positions have moved, but nobody has seen them.
+            failed, uncommitted = True, False
+            if not error.retriable and str(error) != last_error:  # the others, ConnectionLog tells
                 last_error = str(error)
                 log.warning("%s; trying again", error)
             time.sleep(0.5)
             continue
-        assignment = sorted(partition for _, partition in consumer.assignment())
-        if consumer.group_metadata().state == MemberState.STABLE and assignment != held:
-            held = assignment
-            log.info("partitions: %s", ", ".join(map(str, held)) or "none, others have them")
         for (_, partition), messages in batches.items():
-            prefix = f"partition={partition} offset="
+            place = f"partition={partition} offset="
             sys.stdout.writelines(
-                f"{prefix}{message.offset} key={shown(message.key)} {shown(message.value)}\n"
+                f"{place}{message.offset} key={shown(message.key)} {shown(message.value)}\n"
                 for message in messages
             )
         sys.stdout.flush()
         # Only now: a crash before this line shows these events again, and none is ever lost.
         uncommitted = uncommitted or bool(batches)
-        if uncommitted:
-            try:
+        try:
+            if uncommitted:
                 consumer.commit(timeout_ms=1_000)
                 uncommitted = False
-            except KafkaError:
-                pass  # the broker is away or the group is changing: next time round
+        except KafkaError:
+            pass  # the positions stay: the next commit covers these events as well
     if uncommitted:
         log.warning("could not commit the last events: they will be shown again")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show the events as they come.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
     options = parser.parse_args()
     if not options.group:
         parser.error("--group: a group needs a name")
-    consumer = connect(options.group)
+
+    consumer = connect(
+        KafkaConsumer,
+        group_id=options.group,
+        auto_offset_reset="earliest",  # where the group has committed nothing: from the start
+        enable_auto_commit=False,  # which would commit events not yet shown
+        partition_assignment_strategy=[CooperativeStickyAssignor],  # move no more than needed
+        session_timeout_ms=10_000,  # a member that died is noticed after this
+        heartbeat_interval_ms=500,  # a member that came or left is noticed after this
+        metadata_max_age_ms=10_000,  # new partitions are noticed after this
+        max_partition_fetch_bytes=4 * 1024 * 1024,  # fewer, larger fetches while catching up
+        fetch_max_wait_ms=100,  # a partition read to its end holds up the others no longer
+        max_poll_records=5_000,  # and fewer commits
+    )
+    consumer.subscribe([TOPIC])
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot show is escaped
+    status = None
     try:
         show_events(consumer)
-    except BrokenPipeError:  # nobody reads on (| head); what was not printed is not committed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
+    except OSError as error:  # what was not printed is not committed
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes it at the end
+        if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows
+            status = f"cannot write the output: {error.strerror}"
+    consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,106 +1,126 @@
 """Counts each user's actions and shows the counts as JSON, of the partitions that it holds.
 
 python processor.py                a member of the group "event-watchers": shares with consumers
-python processor.py --group mine   the only member of a group: counts everything
+python processor.py --group mine   a member of a group of its own: counts everything
+
+KAFKA_BOOTSTRAP_SERVERS in the environment says where Kafka is (default: localhost:9092).
 """
 
 import argparse
+import errno
 import json
 import logging
 import math
 import os
-import select
+import re
 import signal
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, KafkaTimeoutError
 from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
 GROUP_ID = "event-watchers"
+# For a cluster that asks who you are: KAFKA_SECURITY_PROTOCOL, KAFKA_SASL_MECHANISM, … (README)
+SECURITY = {
+    name.removeprefix("KAFKA_").lower(): value
+    for name, value in os.environ.items()
+    if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
+}
+NO_TOPIC = f"waiting: there is no topic {TOPIC}, or no right to read it"
 
-log = logging.getLogger("processor")
-stopping = 0.0  # when the first signal came
+log = logging.getLogger("processor.py")
+stopping = False
 
 
-def stop(signum: int, frame: object) -> None:
-    """Ctrl-C or SIGTERM: finish the work in hand, then end; the second time, end at once."""
+def stop(*_: object) -> None:
+    """Ctrl-C or SIGTERM: finish the work in hand, then end."""
     global stopping
-    now = time.monotonic()
-    if stopping and now - stopping > 0.2:  # sooner, it is one signal sent twice, as timeout(1) does
-        signal.signal(signum, signal.SIG_DFL)
-        signal.raise_signal(signum)
-    stopping = stopping or now
+    stopping = True
 
 
-class ConnectionWatch(logging.Handler):
-    """Makes two plain lines of all that kafka-python logs: the connection is lost; it is back."""
+class ConnectionLog(logging.Handler):
+    """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    state = "new"
+    def __init__(self) -> None:
+        super().__init__()
+        self.connections: WeakSet[Any] = WeakSet()
+        self.lost: bool | None = None  # None: there has been none yet
+        self.reasons: dict[str, None] = {}  # why connections failed, in order, each once
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if text.endswith(": Connected"):
-            if self.state == "lost":
-                log.warning("connected to Kafka again")
-            self.state = "connected"
-        elif ": Connection lost: " in text and self.state == "connected":
+        connection, *reason = record.args or [None]
+        if record.msg == "%s: Connected":
+            self.connections.add(connection)
+        elif record.msg == "%s: Connection lost: %s":
+            self.reasons[str(*reason).rpartition("Error: ")[2]] = None
+        else:
+            return
+        # Of several brokers one may go: Kafka is lost with the last connection.
+        lost = not any(connection.connected for connection in self.connections)
+        if lost and self.lost is False:
             log.warning("lost the connection to Kafka; trying again until it is back")
-            self.state = "lost"
+        elif self.lost and not lost:
+            log.warning("connected to Kafka again")
+        if not lost or self.lost is not None:
+            self.lost = lost
 
 
-def connect(group: str) -> KafkaConsumer:
-    """Ends the script with one line and status 1 if there is no broker within 10 s."""
+def connect(client: Any, **settings: Any) -> Any:
+    """A connected client. Without one in 10 s it ends the script: the reason, and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("kafka").addHandler(ConnectionWatch())
+    connection_log = ConnectionLog()
+    logging.getLogger("kafka").addHandler(connection_log)
     logging.getLogger("kafka").propagate = False
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        # Nothing to finish yet; and kafka-python's event loop would swallow a SystemExit.
-        signal.signal(signum, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
+    waiting = threading.Timer(2, log.info, [f"not connected to {BOOTSTRAP_SERVERS} yet"])
+    waiting.start()
     try:
-        consumer = KafkaConsumer(
+        for name, value in SECURITY.items():
+            if name not in client.DEFAULT_CONFIG:
+                raise ValueError(f"unknown setting KAFKA_{name.upper()}")
+            if name.endswith("file"):
+                Path(value).open().close()  # kafka-python says that a file is missing, not which
+        return client(
             bootstrap_servers=BOOTSTRAP_SERVERS,
-            group_id=group,
-            auto_offset_reset="earliest",  # where events are gone: from the first that is left
-            enable_auto_commit=False,  # what it counts is still the consumers' to read
-            partition_assignment_strategy=[CooperativeStickyAssignor],  # move no more than needed
-            session_timeout_ms=10_000,  # a member that died is noticed after this
-            heartbeat_interval_ms=500,  # a member that came or left is noticed after this
-            metadata_max_age_ms=10_000,  # new partitions are noticed after this
+            client_id=log.name,  # tells the members of a group apart from outside
             bootstrap_timeout_ms=10_000,  # say soon that there is no broker
             reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
-            max_partition_fetch_bytes=4 * 1024 * 1024,  # fewer, larger fetches while catching up
-            fetch_max_wait_ms=100,  # a partition read to its end holds up the others no longer
-            max_poll_records=5_000,  # so many events are counted between two looks at the rest
+            **SECURITY,
+            **settings,
         )
-    except (KafkaError, ValueError):
-        sys.exit(
-            f"no Kafka broker at {BOOTSTRAP_SERVERS}; start one with "
-            "`docker compose up -d --wait` or `python tests/broker.py`"
+    except KafkaTimeoutError:
+        reason = "; ".join(connection_log.reasons) or "no answer"
+    except (KafkaError, OSError, ValueError) as error:
+        reason = str(error)
+    finally:
+        waiting.cancel()
+    for theirs, plain in (
+        ("DNS Resolution failure", "host name not known"),
+        (
+            "socket disconnected",
+            "closed by the other side; authentication failed, other security "
+            "settings are wrong, or it is no Kafka",
+        ),
+    ):
+        reason = reason.replace(theirs, plain)
+    if re.fullmatch(r"\d+ ECONNREFUSED", reason):
+        reason = (
+            "connection refused; start a broker with `docker compose up -d --wait` or "
+            "`python tests/broker.py`"
         )
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
-    return consumer
-
-
-# JSON numbers of any size are fine (int() refuses 4,300 digits); NaN, which int() refuses, is not.
-parse = json.JSONDecoder(parse_int=float, parse_constant=int).decode
-FIELDS = ("event_id", "user_id", "action", "timestamp")
-
-
-def reader_is_gone() -> bool:
-    """Whether nobody reads stdout any more (| head), which an idle script would not notice."""
-    if not hasattr(select, "poll"):  # Windows
-        return False
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    sys.exit(f"no connection to Kafka at {BOOTSTRAP_SERVERS}: {reason}")
 
 
 def read_event(value: bytes | None) -> tuple[str, str]:
@@ -108,15 +128,24 @@ def read_event(value: bytes | None) -> tuple[str, str]:
     if value is None:
         raise ValueError("no value")
     try:
-        event = parse(value.decode())
+        event = json.loads(value.decode())
     except (ValueError, RecursionError):  # the latter at 200,000 times "["
         raise ValueError("not JSON") from None
     if type(event) is not dict:
         raise ValueError("not an object")
-    for field in FIELDS:
-        if type(event.get(field)) is not str:
-            raise ValueError(f"{field} is not a string" if field in event else f"no {field}")
+    for name in ("event_id", "user_id", "action", "timestamp"):
+        if type(event.get(name)) is not str:
+            raise ValueError(f"{name} is not a string" if name in event else f"no {name}")
     return event["user_id"], event["action"]
+
+
+@dataclass
+class Held:
+    """What is known of a partition that this processor holds."""
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    next_offset: int = 0  # of the event to count next
+    log_end: int | None = None  # of the log when the partition was given, as soon as that is known
 
 
 class Counts(ConsumerRebalanceListener):
@@ -128,12 +157,7 @@ class Counts(ConsumerRebalanceListener):
 
     def __init__(self, consumer: KafkaConsumer) -> None:
         self.consumer = consumer
-        self.by_partition: dict[TopicPartition, Counter[tuple[str, str]]] = {}
-        self.next_offset: dict[TopicPartition, int] = {}
-        # Of partitions not read that far yet: where the log ended when they were given.
-        self.log_end: dict[TopicPartition, float] = {}
-        self.changed = self.held_some = False
-        self.read = 0  # messages of such partitions, since all had been read
+        self.held: dict[TopicPartition, Held] = {}
         self.skipped = 0
         self.last_skipped = ""
 
@@ -143,199 +167,182 @@ class Counts(ConsumerRebalanceListener):
 
     def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         for partition in revoked:
-            del self.by_partition[partition], self.next_offset[partition]
-            self.log_end.pop(partition, None)
-        self.changed = True
+            del self.held[partition]
 
     def start(self, partition: TopicPartition) -> None:
         """Counts the partition from its first event on."""
-        self.by_partition[partition] = Counter()
-        self.next_offset[partition] = 0
-        self.log_end[partition] = math.inf
+        self.held[partition] = Held()
         self.consumer.seek_to_beginning(partition)
-        self.changed = self.held_some = True
+
+    def resume(self) -> None:
+        """Goes on after the last event counted."""
+        for partition, held in self.held.items():
+            self.consumer.seek(partition, held.next_offset)
 
     def add(self, partition: TopicPartition, messages: list[Any]) -> None:
-        if messages[0].offset < self.next_offset[partition]:
+        held = self.held[partition]
+        if messages[0].offset < held.next_offset:
             self.start(partition)  # the topic was deleted and created anew
             return
-        counts = self.by_partition[partition]
         for message in messages:
             try:
-                counts[read_event(message.value)] += 1
+                held.counts[read_event(message.value)] += 1
             except ValueError as why:
                 self.skipped += 1
-                self.last_skipped = (
-                    f"at partition={message.partition} offset={message.offset}: {why}"
-                )
-        self.next_offset[partition] = messages[-1].offset + 1
-        self.changed = True
-        self.read = self.read + len(messages) if self.log_end else 0
+                place = f"partition={message.partition} offset={message.offset}"
+                self.last_skipped = f"{place}: {why}"
+        held.next_offset = messages[-1].offset + 1
 
     def still_to_read(self) -> float:
         """How many events the log held, when it gave the partitions, that are not counted yet."""
+        new = [partition for partition, held in self.held.items() if held.log_end is None]
+        if new:
+            for partition, end in self.consumer.end_offsets(new, timeout_ms=1_000).items():
+                self.held[partition].log_end = end
         left = 0.0
-        for partition, next_offset in list(self.next_offset.items()):
+        for partition, held in self.held.items():
+            # Not the last offset counted: retention and compaction leave gaps.
             position = self.consumer.position(partition, timeout_ms=0)
-            if position is not None and position < next_offset:
-                self.start(partition)  # kafka-python went back: as below, it is another log
-            if partition not in self.log_end:
-                continue
-            highwater = self.consumer.highwater(partition)
-            if highwater is None or position is None:  # nothing has been fetched yet
+            if position is None or held.log_end is None:
+                left = math.inf  # its beginning is being looked up
+            elif position < held.next_offset:
+                self.start(partition)  # as in add(), but the new log has nothing to read
                 left = math.inf
-                continue
-            # The first one known; it grows from then on, unless the topic is created anew.
-            self.log_end[partition] = min(self.log_end[partition], highwater)
-            if position < self.log_end[partition]:
-                left += self.log_end[partition] - position
             else:
-                del self.log_end[partition]
+                left += max(0, held.log_end - position)
         return left
 
-    def whole(self) -> bool:
-        """Whether all has been counted that the log held when it gave the partitions, if any."""
-        return self.held_some and not self.log_end
 
-    def resume(self) -> None:
-        """Goes on after the last event counted: a poll() that raised may have dropped events."""
-        for partition, offset in self.next_offset.items():
-            self.consumer.seek(partition, offset)
-
-    def as_json(self) -> str:
-        total: Counter[tuple[str, str]] = Counter()
-        for counts in self.by_partition.values():
-            total.update(counts)
-        users: dict[str, dict[str, int]] = {}
-        for (user_id, action), number in total.items():
-            users.setdefault(user_id, {})[action] = number
-        # json.dumps() escapes all but ASCII, so that no user_id can drive the terminal.
-        return json.dumps(users, indent=2, sort_keys=True)
+def as_json(partitions: Iterable[Held]) -> str:
+    """The counts of these partitions together: users, and how often each did what."""
+    users: dict[str, Counter[str]] = {}
+    for held in partitions:
+        for (user_id, action), number in held.counts.items():
+            users.setdefault(user_id, Counter())[action] += number
+    # json.dumps() escapes all but ASCII, so that no user_id can drive the terminal.
+    return json.dumps(users, indent=2, sort_keys=True)
 
 
-class Reporter:
-    """What the processor says on stderr, each thing when it is news and not too often."""
-
-    def __init__(self, group: str) -> None:
-        self.group = group
-        self.share: tuple[list[int], list[int]] | None = None
-        self.share_since = 0.0
-        self.share_said: tuple[list[int], list[int]] = ([], [])
-        self.skipped_said = 0
-        self.next_skipped = 0.0
-        self.next_progress = time.monotonic() + 2
-        self.in_place = False
-        self.error_said = ""
-
-    def counted(self, share: tuple[list[int], list[int]] | None) -> None:
-        """Says which partitions of the topic are counted, and how to count them all."""
-        now = time.monotonic()
-        if share != self.share:
-            self.share, self.share_since = share, now
-        # A newcomer waits a moment for what the others are about to give up.
-        if share in (None, self.share_said) or (share[1] and now - self.share_since < 1):
-            return
-        self.share_said = share
-        held, others = (", ".join(map(str, partitions)) for partitions in share)
-        counting = f"partition{'s' * (len(share[0]) > 1)} {held}" if held else "nothing"
-        if others:
-            log.info(
-                "counting %s; other members of %s hold %s (to count everything: "
-                "processor.py --group NAME, with a group of its own)",
-                *(counting, self.group, others),
-            )
-        else:
-            log.info("counting %s", f"{counting}: everything" if held else counting)
-
-    def skipped(self, number: int, last: str) -> None:
-        """Says how many malformed events were skipped so far and where the last one was."""
-        if number > self.skipped_said and time.monotonic() >= self.next_skipped:
-            log.warning("malformed events skipped: %d, the last %s", number, last)
-            self.skipped_said = number
-            self.next_skipped = time.monotonic() + 1
-
-    def progress(self, read: int, left: float) -> None:
-        """Says how far a catch-up has come, once it has taken 2 s."""
-        now = time.monotonic()
-        if 0 < left < math.inf and now >= self.next_progress:
-            text = f"read {read:,} of {read + left:,.0f} events"
-            if sys.stderr.isatty():
-                print(text, end="\r", file=sys.stderr, flush=True)
-                self.in_place = True
-                self.next_progress = now + 0.5
-            else:
-                log.info(text)
-                self.next_progress = now + 5
-        elif left == 0:
-            if self.in_place:
-                print(f"read {read:,} of {read:,} events", file=sys.stderr, flush=True)
-                self.in_place = False
-            self.next_progress = now + 2
-
-    def trouble(self, error: KafkaError) -> None:
-        # That the connection is lost has been said; what is left is for the reader to mend.
-        if not error.retriable and str(error) != self.error_said:
-            self.error_said = str(error)
-            log.warning("%s; trying again", error)
-
-
-def share_of(consumer: KafkaConsumer) -> tuple[list[int], list[int]] | None:
-    """The topic's partitions that this processor holds and the others; None while that changes."""
-    if consumer.group_metadata().state != MemberState.STABLE:
-        return None
+def share_line(consumer: KafkaConsumer, group: str, settled: bool) -> str:
+    """Which partitions are counted, in under 100 columns; empty where more may come soon."""
     held = sorted(partition for _, partition in consumer.assignment())
-    return held, sorted(consumer.partitions_for_topic(TOPIC).difference(held))
+    if not (held or settled):
+        return ""
+    others = sorted(consumer.partitions_for_topic(TOPIC).difference(held))
+    if others and not settled:
+        return ""
+    counting = f"counting partition{'s' * (len(held) > 1)} {', '.join(map(str, held))}"
+    if not others:
+        return f"{counting}: everything" if held else f"counting nothing, {NO_TOPIC}"
+    counting = f"{counting} only" if held else "counting nothing"
+    everything = f"(everything: --group {'other' if group == 'mine' else 'mine'})"
+    line = f"{counting}; others of {group} hold {', '.join(map(str, others))} {everything}"
+    if len(line) >= 100:
+        line = f"counting {len(held)} of {len(held + others)} partitions {everything}"
+    return line
 
 
-def count_events(consumer: KafkaConsumer, counts: Counts, report: Reporter) -> None:
-    """Until told to stop: counts the events that come, and prints the counts when they changed."""
-    next_print = 0.0
-    left = math.inf
-    while not (stopping or reader_is_gone()):
+def read_on(consumer: KafkaConsumer, counts: Counts) -> float:
+    """Counts the next events; returns how many are left of those that the log held at first."""
+    if consumer.group_metadata().state == MemberState.REBALANCING:
+        # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets it if
+        # poll() ends before the join: _perform_assignment() clears the cause.
+        consumer._coordinator.request_rejoin()
+    for partition, messages in consumer.poll(timeout_ms=250).items():
+        counts.add(partition, messages)
+    return counts.still_to_read()
+
+
+def count_events(consumer: KafkaConsumer, counts: Counts, group: str, once: bool) -> None:
+    """Counts, and shows the counts, until told to stop or with `once` until it has shown some."""
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    printed = said = share = last_error = ""
+    generation, joined, skipped = None, 0.0, 0
+    next_report = time.monotonic() + 2  # the first counts do not wait for it
+    last_round = False
+    while not (last_round or (once and printed)):
+        last_round = stopping
         try:
-            if consumer.group_metadata().state == MemberState.REBALANCING:
-                # kafka-python 3.0.12 forgets the rejoin of a leader that saw the topic change, if
-                # the last poll() was over before it: _perform_assignment() clears its cause.
-                consumer._coordinator.request_rejoin()
-            for partition, messages in consumer.poll(timeout_ms=250).items():
-                counts.add(partition, messages)
-            left = counts.still_to_read()
-            report.counted(share_of(consumer))
+            left = read_on(consumer, counts)
+            now, member = time.monotonic(), consumer.group_metadata()
+            stable = member.state == MemberState.STABLE
+            if not stable or member.generation_id != generation:
+                generation, joined, share = member.generation_id, now, ""
+            if stable and not share:
+                # A newcomer gets nothing at first: the others have to give something up for it.
+                share = share_line(consumer, group, settled=now - joined > 2)
         except KafkaError as error:
-            report.trouble(error)
+            # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
+            # events from its buffer: the positions have moved, but nobody has counted them.
             counts.resume()
+            if not error.retriable and str(error) != last_error:  # the others, ConnectionLog tells
+                last_error = str(error)
+                log.warning("%s; trying again", error)
             time.sleep(0.5)
-        report.skipped(counts.skipped, counts.last_skipped)
-        report.progress(counts.read, left)
-        now = time.monotonic()
-        if counts.whole() and counts.changed and now >= next_print:
-            print(counts.as_json(), flush=True)
-            counts.changed = False
-            # Printing takes less than a tenth of the time, however many users there are.
-            next_print = now + max(1.0, 15 * (time.monotonic() - now))
-    report.next_skipped = 0
-    report.skipped(counts.skipped, counts.last_skipped)
-    if counts.whole():
-        print(counts.as_json(), flush=True)
-    elif counts.by_partition:
-        log.warning("ended before it had read everything: no counts")
+            continue
+        if share and share != said:
+            said = share
+            log.info(share)
+        due = now >= next_report or last_round or not (printed or left)
+        if not share or not due:
+            continue
+        next_report = now + 1
+        if counts.skipped > skipped:
+            skipped = counts.skipped
+            log.warning(
+                "malformed events skipped: %d, the last at %s", skipped, counts.last_skipped
+            )
+        if left:
+            log.info("%s events still to read", f"{left:,.0f}")
+            continue
+        text = as_json(counts.held.values())
+        if text != printed and (counts.held or printed):
+            print(text, flush=True)
+            printed = text
+            if terminal and "(everything" in share:
+                log.info(share)  # the counts have scrolled it away
+        # Printing takes less than a tenth of the time, however many users there are.
+        next_report = now + max(1, 15 * (time.monotonic() - now))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Count each user's actions.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
+    parser.add_argument("--once", action="store_true", help="show the counts once, and end")
     options = parser.parse_args()
     if not options.group:
         parser.error("--group: a group needs a name")
-    consumer = connect(options.group)
+
+    consumer = connect(
+        KafkaConsumer,
+        group_id=options.group,
+        auto_offset_reset="earliest",  # where events are gone: from the first that is left
+        enable_auto_commit=False,  # what it counts is still the consumers' to read
+        partition_assignment_strategy=[CooperativeStickyAssignor],  # move no more than needed
+        session_timeout_ms=10_000,  # a member that died is noticed after this
+        heartbeat_interval_ms=500,  # a member that came or left is noticed after this
+        metadata_max_age_ms=10_000,  # new partitions are noticed after this
+        max_partition_fetch_bytes=4 * 1024 * 1024,  # fewer, larger fetches while catching up
+        fetch_max_wait_ms=100,  # a partition read to its end holds up the others no longer
+        max_poll_records=5_000,  # so many events are counted between two looks at the rest
+    )
     counts = Counts(consumer)
     consumer.subscribe([TOPIC], listener=counts)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    status = None
     try:
-        count_events(consumer, counts, Reporter(options.group))
-    except BrokenPipeError:  # nobody reads on (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
+        count_events(consumer, counts, options.group, options.once)
+    except OSError as error:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes it at the end
+        if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows
+            status = f"cannot write the output: {error.strerror}"
+    consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -2,92 +2,128 @@
 
 python producer.py                            one event a second until Ctrl-C
 python producer.py --count 1000 --interval 0  a thousand events, as fast as it can
+
+KAFKA_BOOTSTRAP_SERVERS in the environment says where Kafka is (default: localhost:9092).
+An event that Kafka has not confirmed after 120 s has failed; that ends the run, with status 1.
 """
 
 import argparse
-import contextlib
+import errno
 import json
 import logging
 import math
 import os
+import queue
 import random
+import re
 import signal
 import sys
+import threading
 import time
 import uuid
-from collections import deque
 from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError
-from kafka.future import Future
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
 GROUP_ID = "event-watchers"
-
+# For a cluster that asks who you are: KAFKA_SECURITY_PROTOCOL, KAFKA_SASL_MECHANISM, … (README)
+SECURITY = {
+    name.removeprefix("KAFKA_").lower(): value
+    for name, value in os.environ.items()
+    if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
+}
 # The first three users land on partitions 0, 1 and 2 (of three), the others on 0, 1 and 2 again.
 USERS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice", "dave", "carol"]
 ACTIONS = ["view", "click", "add_to_cart", "purchase"]
-DELIVERY_TIMEOUT = 120  # seconds; kafka-python's default
-MAX_UNCONFIRMED = 0.1  # seconds; see main()
+MAX_UNCONFIRMED = 10_000  # events; kafka-python would buffer without limit
 
-log = logging.getLogger("producer")
-stopping = 0.0  # when the first signal came
+log = logging.getLogger("producer.py")
+stopping = False
 
 
-def stop(signum: int, frame: object) -> None:
-    """Ctrl-C or SIGTERM: finish the work in hand, then end; the second time, end at once."""
+def stop(*_: object) -> None:
+    """Ctrl-C or SIGTERM: finish the work in hand, then end."""
     global stopping
-    now = time.monotonic()
-    if stopping and now - stopping > 0.2:  # sooner, it is one signal sent twice, as timeout(1) does
-        signal.signal(signum, signal.SIG_DFL)
-        signal.raise_signal(signum)
-    stopping = stopping or now
+    stopping = True
 
 
-class ConnectionWatch(logging.Handler):
-    """Makes two plain lines of all that kafka-python logs: the connection is lost; it is back."""
+class ConnectionLog(logging.Handler):
+    """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    state = "new"
+    def __init__(self) -> None:
+        super().__init__()
+        self.connections: WeakSet[Any] = WeakSet()
+        self.lost: bool | None = None  # None: there has been none yet
+        self.reasons: dict[str, None] = {}  # why connections failed, in order, each once
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if text.endswith(": Connected"):
-            if self.state == "lost":
-                log.warning("connected to Kafka again")
-            self.state = "connected"
-        elif ": Connection lost: " in text and self.state == "connected":
+        connection, *reason = record.args or [None]
+        if record.msg == "%s: Connected":
+            self.connections.add(connection)
+        elif record.msg == "%s: Connection lost: %s":
+            self.reasons[str(*reason).rpartition("Error: ")[2]] = None
+        else:
+            return
+        # Of several brokers one may go: Kafka is lost with the last connection.
+        lost = not any(connection.connected for connection in self.connections)
+        if lost and self.lost is False:
             log.warning("lost the connection to Kafka; trying again until it is back")
-            self.state = "lost"
+        elif self.lost and not lost:
+            log.warning("connected to Kafka again")
+        if not lost or self.lost is not None:
+            self.lost = lost
 
 
-def connect() -> KafkaProducer:
-    """Ends the script with one line and status 1 if there is no broker within 10 s."""
+def connect(client: Any, **settings: Any) -> Any:
+    """A connected client. Without one in 10 s it ends the script: the reason, and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("kafka").addHandler(ConnectionWatch())
+    connection_log = ConnectionLog()
+    logging.getLogger("kafka").addHandler(connection_log)
     logging.getLogger("kafka").propagate = False
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        # Nothing to finish yet; and kafka-python's event loop would swallow a SystemExit.
-        signal.signal(signum, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
+    waiting = threading.Timer(2, log.info, [f"not connected to {BOOTSTRAP_SERVERS} yet"])
+    waiting.start()
     try:
-        # Unchanged, because they are right: acks=all and idempotence, so that Kafka has a confirmed
-        # event for good and has it once, however often the client had to send it again.
-        producer = KafkaProducer(
+        for name, value in SECURITY.items():
+            if name not in client.DEFAULT_CONFIG:
+                raise ValueError(f"unknown setting KAFKA_{name.upper()}")
+            if name.endswith("file"):
+                Path(value).open().close()  # kafka-python says that a file is missing, not which
+        return client(
             bootstrap_servers=BOOTSTRAP_SERVERS,
+            client_id=log.name,  # tells the members of a group apart from outside
             bootstrap_timeout_ms=10_000,  # say soon that there is no broker
             reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
-            delivery_timeout_ms=DELIVERY_TIMEOUT * 1_000,
-            batch_size=64 * 1024,  # under load, four times the events in a request: a fifth faster
+            **SECURITY,
+            **settings,
         )
-    except (KafkaError, ValueError):
-        sys.exit(
-            f"no Kafka broker at {BOOTSTRAP_SERVERS}; start one with "
-            "`docker compose up -d --wait` or `python tests/broker.py`"
+    except KafkaTimeoutError:
+        reason = "; ".join(connection_log.reasons) or "no answer"
+    except (KafkaError, OSError, ValueError) as error:
+        reason = str(error)
+    finally:
+        waiting.cancel()
+    for theirs, plain in (
+        ("DNS Resolution failure", "host name not known"),
+        (
+            "socket disconnected",
+            "closed by the other side; authentication failed, other security "
+            "settings are wrong, or it is no Kafka",
+        ),
+    ):
+        reason = reason.replace(theirs, plain)
+    if re.fullmatch(r"\d+ ECONNREFUSED", reason):
+        reason = (
+            "connection refused; start a broker with `docker compose up -d --wait` or "
+            "`python tests/broker.py`"
         )
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
-    return producer
+    sys.exit(f"no connection to Kafka at {BOOTSTRAP_SERVERS}: {reason}")
 
 
 def random_event() -> dict[str, str]:
@@ -99,13 +135,77 @@ def random_event() -> dict[str, str]:
     }
 
 
-def main() -> int:
-    """Returns the exit status: 1 if an event could not be delivered."""
-    global stopping
+class Deliveries:
+    """The events sent, and what has become of them."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.results: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
+        self.sent = self.delivered = self.failed = 0
+        self.status: str | None = None
+
+    def unconfirmed(self) -> int:
+        return self.sent - self.delivered - self.failed
+
+    def send(self, producer: KafkaProducer, event: dict[str, str]) -> None:
+        key, value = event["user_id"], json.dumps(event)
+        self.sent += 1
+        try:
+            future = producer.send(TOPIC, key=key.encode(), value=value.encode())
+            future.add_both(lambda result: self.results.put((key, value, result)))
+        except KafkaError as error:  # it could not learn which partitions there are
+            self.results.put((key, value, error))
+
+    def settle(self, seconds: float) -> None:
+        """Prints the events that Kafka has confirmed by now; waits for the first one so long."""
+        lines = []
+        while True:
+            try:
+                key, value, result = self.results.get(timeout=seconds)
+            except queue.Empty:
+                break
+            seconds = 0
+            if isinstance(result, Exception):
+                if not self.failed:
+                    log.error("not delivered: %s", result)
+                self.failed += 1
+            else:
+                place = f"partition={result.partition} offset={result.offset}"
+                lines.append(f"{place} key={key} {value}\n")
+                self.delivered += 1
+        try:
+            if lines and not self.quiet:
+                sys.stdout.writelines(lines)
+                sys.stdout.flush()
+        except OSError as error:  # send no more, but settle what has been sent
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # Python flushes it again
+            if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows
+                self.status = f"cannot write the output: {error.strerror}"
+            self.quiet = True
+            stop()
+
+
+def send_events(
+    producer: KafkaProducer, events: Deliveries, count: int | None, interval: float
+) -> None:
+    """Until all are delivered, one has failed for good, or it is told to stop."""
+    next_send = time.monotonic()
+    while not (stopping or events.failed or events.delivered == count):
+        now = time.monotonic()
+        may_send = events.sent != count and events.unconfirmed() < MAX_UNCONFIRMED
+        if may_send and now >= next_send:
+            events.send(producer, random_event())
+            next_send = now + interval
+        wait = next_send - now if may_send else 0.1
+        if wait > 0:
+            events.settle(min(wait, 0.1))  # no longer, for a signal does not cut it short
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Write random user events to Kafka.",
-        epilog=f"An event that Kafka has not confirmed after {DELIVERY_TIMEOUT} s (the delivery "
-        "time-out) has failed; the run then ends with status 1.",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, metavar="N", help="end after N events")
     parser.add_argument(
@@ -117,73 +217,37 @@ def main() -> int:
         parser.error("--count: not a number of events")
     if not 0 <= options.interval < math.inf:
         parser.error("--interval: not a time in seconds")
-    producer = connect()
 
-    unconfirmed: deque[tuple[float, Future, str, str]] = deque()  # oldest first
-    sent = delivered = failed = 0
-    gave_up = warned = False
-    next_send = time.monotonic()
-    while True:
-        now = time.monotonic()
-        sending = sent != options.count and not stopping
-        if gave_up or not (sending or unconfirmed):
-            break
-        if stopping and not warned and now - stopping > 1:
-            log.warning("%d events not confirmed yet; Ctrl-C again ends at once", len(unconfirmed))
-            warned = True
-        # kafka-python buffers without limit, so while Kafka confirms nothing, send no more.
-        held_back = unconfirmed and now - unconfirmed[0][0] > MAX_UNCONFIRMED
-        wait = 0.1  # not longer, for a signal does not cut it short
-        if sending and not held_back:
-            if now >= next_send:
-                event = random_event()
-                user_id, value = event["user_id"], json.dumps(event)
-                try:
-                    future = producer.send(TOPIC, key=user_id.encode(), value=value.encode())
-                except KafkaError as error:  # it cannot even learn which partitions there are
-                    future = Future().failure(error)
-                unconfirmed.append((now, future, user_id, value))
-                sent += 1
-                next_send = now + options.interval
-            wait = min(wait, next_send - now)
-        if wait > 0 and unconfirmed:
-            with contextlib.suppress(KafkaError):
-                unconfirmed[0][1].get(timeout=wait)
-        elif wait > 0:
-            time.sleep(wait)
-
-        lines = []
-        while unconfirmed and unconfirmed[0][1].is_done:
-            _, future, user_id, value = unconfirmed.popleft()
-            if future.exception is None:
-                delivered += 1
-                if not options.quiet:
-                    at = future.value
-                    lines.append(
-                        f"partition={at.partition} offset={at.offset} key={user_id} {value}\n"
-                    )
-            else:
-                failed += 1
-                gave_up = gave_up or isinstance(future.exception, KafkaTimeoutError)
-                if failed == 1:
-                    log.error("not delivered: %s", future.exception)
-        if lines:
-            try:
-                sys.stdout.write("".join(lines))
-                sys.stdout.flush()
-            except BrokenPipeError:  # nobody reads on (| head): settle what was sent, and end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                stopping = now
-
-    failed += len(unconfirmed)  # sent at about the same time as the one it gave up
-    log.info("%d delivered, %d failed", delivered, failed)
-    if gave_up:
-        # kafka-python 3.0.12 resets its producer id when a batch expires, and without a broker to
-        # give it a new one it lets no other batch expire, nor close() end.
+    producer = connect(
+        KafkaProducer,
+        acks="all",  # confirmed: on every replica that is in sync, not on one broker alone
+        enable_idempotence=True,  # in the log once, however often the client had to send it again
+        max_block_ms=10_000,  # say soon that there is no topic
+        batch_size=64 * 1024,  # under load, four times the events in a request: a fifth faster
+    )
+    try:
+        producer.partitions_for(TOPIC)
+    except KafkaTimeoutError:
+        how = f"python -m kafka.admin -b {BOOTSTRAP_SERVERS} topics create -t {TOPIC}"
+        sys.exit(f"there is no topic {TOPIC}; create it with `{how} --num-partitions 3`")
+    except KafkaError as error:
+        sys.exit(f"no way to write to the topic {TOPIC}: {error}")
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    events = Deliveries(options.quiet)
+    send_events(producer, events, options.count, options.interval)
+    deadline = time.monotonic() + 10
+    while events.unconfirmed() and time.monotonic() < deadline:
+        events.settle(0.1)
+    failed = events.failed + events.unconfirmed()  # some of the latter may be in the log
+    log.info("%d delivered, %d failed", events.delivered, failed)
+    if failed:
+        # Without a broker, close() of kafka-python 3.0.12 does not end: once a batch has expired,
+        # RecordAccumulator waits for a new producer id, and lets no other batch expire.
         os._exit(1)
     producer.close(timeout=5)
-    return 1 if failed else 0
+    sys.exit(events.status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

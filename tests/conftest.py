@@ -2,15 +2,13 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from broker import Broker
-from harness import Script, Witness, python, until
-
-Start = Callable[..., Script]
+from harness import Script, Start, Witness, python, until
 
 # A shell's background jobs start with Ctrl-C ignored, and would hand that on to the scripts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -20,11 +18,6 @@ QUICK_RETURN = {
     "KAFKA_BROKER_SESSION_TIMEOUT_MS": "1500",
     "KAFKA_BROKER_HEARTBEAT_INTERVAL_MS": "300",
 }
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the producer that gives up after two minutes last: it is at it from the beginning."""
-    items.sort(key=lambda item: "never_comes_back" in item.name)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
+SCRIPTS = ("producer.py", "consumer.py", "processor.py")
 TOPIC = "events"
 GROUP = "event-watchers"
 PATIENCE = 60.0  # seconds; generous, for a test that passes does not wait for it
@@ -98,7 +99,7 @@ class Script:
         return self.wait(timeout)
 
     def connected(self) -> bool:
-        """Whether it has a connection; then its signal handlers are in place as well."""
+        """Whether it has a connection: its signal handlers are in place, or about to be."""
         return any(process.net_connections() for process in self.tree())
 
     def tree(self) -> list[psutil.Process]:
@@ -107,6 +108,9 @@ class Script:
             return [process, *process.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+
+Start = Callable[..., Script]  # of the fixture `start`
 
 
 class Proxy:
@@ -288,6 +292,42 @@ def add(*several: Counts) -> Counts:
         for user, actions in counts.items():
             total.setdefault(user, Counter()).update(actions)
     return {user: dict(actions) for user, actions in total.items()}
+
+
+def produce(start: Start, number: int) -> Script:
+    """Sends that many events as fast as it goes and waits for them."""
+    producer = start("producer.py", "--count", str(number), "--interval", "0")
+    assert producer.wait() == 0
+    assert producer.err.splitlines()[-1] == f"{number} delivered, 0 failed"
+    assert len(producer.lines) == number
+    return producer
+
+
+def settled(witness: Witness, members: int, group: str = GROUP) -> Callable[[], bool]:
+    """The condition that so many members share all partitions, each of them holding its share."""
+
+    def condition() -> bool:
+        held = witness.members(group)
+        everything = sorted(partition for share in held for partition in share)
+        few, more = divmod(len(witness.partitions()), members)
+        sizes = sorted(map(len, held))
+        return (
+            everything == witness.partitions()
+            and sizes == [few] * (members - more) + [few + 1] * more
+        )
+
+    return condition
+
+
+def shown(*consumers: Script) -> list[str]:
+    """All lines of their output together, in order."""
+    return sorted(line for consumer in consumers for line in consumer.lines)
+
+
+def assert_plain(script: Script) -> None:
+    """A few plain lines on stderr, and no traceback."""
+    assert "Traceback" not in script.err
+    assert len(script.err.splitlines()) < 15, script.err
 
 
 def python(script: str, *arguments: str) -> list[str]:

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from broker import ROOT, free_port
-from conftest import Start
-from harness import Script, Witness, event, until
+from harness import Script, Start, Witness, event, until
 
 # Runs the program on the port given first, with its data under the folder given second.
 PROGRAM = f"""

@@ -10,11 +10,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker import Broker, free_port
+from broker import ROOT, Broker, free_port
 from confluent_kafka import Consumer
-from conftest import QUICK_RETURN, Start
-from harness import GROUP, TOPIC, Proxy, Script, Witness, add, count, event, line, python, until
-from test_pipeline import settled, shown
+from conftest import QUICK_RETURN
+from harness import (
+    GROUP,
+    TOPIC,
+    Proxy,
+    Script,
+    Start,
+    Witness,
+    add,
+    assert_plain,
+    count,
+    event,
+    line,
+    settled,
+    shown,
+    until,
+)
+from kafka import KafkaProducer
 
 LOST = "lost the connection to Kafka; trying again until it is back"
 BACK = "connected to Kafka again"
@@ -24,12 +39,6 @@ def offsets(lines: list[str]) -> list[tuple[int, int]]:
     """The (partition, offset) of event lines."""
     found = (re.match(r"partition=(\d+) offset=(\d+) ", text) for text in lines)
     return [(int(match[1]), int(match[2])) for match in found if match]
-
-
-def assert_plain(script: Script) -> None:
-    """A few plain lines on stderr, and no traceback."""
-    assert "Traceback" not in script.err
-    assert len(script.err.splitlines()) < 15, script.err
 
 
 def test_another_consumer_takes_over_from_a_killed_one(start: Start, witness: Witness) -> None:
@@ -109,18 +118,20 @@ def test_everybody_outlives_an_outage_of_the_broker(
 def test_ctrl_c_during_an_outage(start: Start, fragile_broker: Broker) -> None:
     producer = start("producer.py", "--interval", "0.001")
     consumer, processor = start("consumer.py"), start("processor.py", "--group", "counting")
+    scripts = [producer, consumer, processor]
     until(lambda: consumer.lines and processor.snapshots, "all are at work")
     fragile_broker.kill()
-    for script in (producer, consumer, processor):
+    for script in scripts:
         until(lambda: LOST in script.err, "it has noticed")
-    for script in (consumer, processor):
-        assert script.stop() == 0
+        script.process.send_signal(signal.SIGINT)
+    for script in scripts:
+        # Within about 10 s, whatever the broker does; generous for a machine that stumbles.
+        assert script.wait(20) == (1 if script is producer else 0)
         assert_plain(script)
-    producer.process.send_signal(signal.SIGINT)
-    until(lambda: "not confirmed yet" in producer.err, "it says what it is waiting for")
-    assert producer.process.poll() is None
-    assert producer.stop() == -signal.SIGINT  # the second one ends it at once
-    assert_plain(producer)
+    match = re.fullmatch(r"(\d+) delivered, (\d+) failed", producer.err.splitlines()[-1])
+    assert match
+    assert int(match[1]) == len(producer.lines)
+    assert int(match[2]) > 0
 
 
 def test_members_come_and_go_and_crash_at_random(start: Start, fragile_broker: Broker) -> None:
@@ -137,7 +148,8 @@ def test_members_come_and_go_and_crash_at_random(start: Start, fragile_broker: B
             member = members.pop(dice.randrange(len(members)))
             how = dice.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
             until(member.connected, "it is up")
-            assert member.stop(how) == (-how if how == signal.SIGKILL else 0)
+            # A signal that comes before it has connected ends Python itself.
+            assert member.stop(how) in ((-how,) if how == signal.SIGKILL else (0, -how))
             gone.append(member)
         time.sleep(dice.uniform(0.2, 2))
     assert producer.stop() == 0
@@ -177,45 +189,38 @@ def test_an_interrupted_producer_accounts_for_every_event(start: Start, witness:
     assert shown(*runs) == sorted(map(line, witness.log()))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def forsaken_producer(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Script | None]:
-    """A producer whose broker has gone for good.
-
-    It takes the delivery time-out, two minutes, to give up, so it is started before all tests.
-    """
-    if not any("never_comes_back" in item.name for item in request.session.items):
-        yield None
-        return
-    folder: Path = tmp_path_factory.mktemp("forsaken")
-    (folder / "broker").mkdir()
-    with Broker(folder / "broker") as broker:
-        environment = {"KAFKA_BOOTSTRAP_SERVERS": broker.address}
-        producer = Script(folder, python("producer.py", "--interval", "0.001"), environment)
-        until(lambda: len(producer.lines) > 100, "it is at it")
-        broker.kill()
-    yield producer
-    producer.process.kill()
-    producer.wait()
+# Runs the producer with a delivery time-out of three seconds instead of two minutes.
+IMPATIENT = """
+import sys
+from kafka import KafkaProducer
+KafkaProducer.DEFAULT_CONFIG.update(delivery_timeout_ms=3_000, request_timeout_ms=2_000)
+sys.path.insert(0, ".")
+import producer
+producer.main()
+"""
 
 
 def test_producer_gives_up_on_a_broker_that_never_comes_back(
-    forsaken_producer: Script, start: Start, broker: Broker
+    start: Start, fragile_broker: Broker
 ) -> None:
-    assert forsaken_producer.wait(150) == 1
-    assert_plain(forsaken_producer)
-    match = re.fullmatch(r"(\d+) delivered, (\d+) failed", forsaken_producer.err.splitlines()[-1])
+    producer = start(command=[sys.executable, "-c", IMPATIENT, "--interval", "0.001"])
+    until(lambda: len(producer.lines) > 100, "it is at it")
+    fragile_broker.kill()
+    assert producer.wait(40) == 1
+    assert_plain(producer)
+    assert "not delivered: KafkaTimeoutError" in producer.err
+    match = re.fullmatch(r"(\d+) delivered, (\d+) failed", producer.err.splitlines()[-1])
     assert match
-    assert int(match[1]) == len(forsaken_producer.lines)
+    assert int(match[1]) == len(producer.lines)
     assert int(match[2]) > 0
-    assert "120 s (the delivery time-out)" in " ".join(helped(start).split())
 
 
-def helped(start: Start) -> str:
-    script = start("producer.py", "--help")
+def test_the_delivery_time_out_is_the_one_that_help_tells(start: Start) -> None:
+    script = start("producer.py", "--help", address="nowhere:1")
     assert script.wait() == 0
-    return script.out
+    assert "after 120 s has failed" in script.out
+    assert KafkaProducer.DEFAULT_CONFIG["delivery_timeout_ms"] == 120_000
+    assert "delivery_timeout_ms" not in (ROOT / "producer.py").read_text()
 
 
 # Runs a script with a kafka-python that cannot send a fetch request, when it has just taken events

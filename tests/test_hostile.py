@@ -5,8 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from conftest import Start
-from harness import Message, Script, Witness, count, event, until
+from harness import Message, Script, Start, Witness, count, event, until
 
 GOOD = [event(user, action) for user in ("alice", "bob") for action in ("view", "click")]
 WITHOUT = [

@@ -1,90 +1,47 @@
 """The main job, on a real broker: what is sent is shown and counted, once."""
 
-import ast
 import itertools
 import json
 import re
 import signal
-import sys
 import time
 import uuid
-from collections.abc import Callable
 from datetime import datetime, timedelta
 
 import pytest
 from broker import ROOT, Broker
-from conftest import Start
+from confluent_kafka import Producer
 from harness import (
-    GROUP,
-    Message,
-    Script,
+    PATIENCE,
+    SCRIPTS,
+    TOPIC,
+    Start,
     Witness,
     add,
     count,
     event,
     line,
-    python,
+    produce,
+    settled,
+    shown,
     until,
 )
-from kafka.partitioner import murmur2
 
 USERS = ("sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234")
-SCRIPTS = ("producer.py", "consumer.py", "processor.py")
 
 
-def produce(start: Start, number: int) -> Script:
-    """Sends that many events as fast as it goes and waits for them."""
-    producer = start("producer.py", "--count", str(number), "--interval", "0")
-    assert producer.wait() == 0
-    assert producer.err.splitlines()[-1] == f"{number} delivered, 0 failed"
-    assert len(producer.lines) == number
-    return producer
-
-
-def settled(witness: Witness, members: int, group: str = GROUP) -> Callable[[], bool]:
-    """The condition that so many members share all partitions, each of them holding its share."""
-
-    def condition() -> bool:
-        held = witness.members(group)
-        everything = sorted(partition for share in held for partition in share)
-        few, more = divmod(len(witness.partitions()), members)
-        sizes = sorted(map(len, held))
-        return (
-            everything == witness.partitions()
-            and sizes == [few] * (members - more) + [few + 1] * more
-        )
-
-    return condition
-
-
-def shown(*consumers: Script) -> list[str]:
-    return sorted(line for consumer in consumers for line in consumer.lines)
-
-
-def test_settings_are_the_same_in_all_scripts() -> None:
-    blocks = []
+def test_what_recurs_is_the_same_in_all_scripts() -> None:
+    settings, functions = [], []
     for script in SCRIPTS:
         text = (ROOT / script).read_text()
-        assert "BOOTSTRAP_SERVERS" in text
         start = text.index("BOOTSTRAP_SERVERS = ")
-        blocks.append(text[start : text.index("\n\n", start)])
-    assert blocks[0].count("\n") == 2
-    assert blocks[0] == blocks[1] == blocks[2]
-    assert 'TOPIC = "events"' in blocks[0]
-    assert 'GROUP_ID = "event-watchers"' in blocks[0]
-
-
-def test_scripts_use_kafka_python_and_the_standard_library_only() -> None:
-    for script in SCRIPTS:
-        for node in ast.walk(ast.parse((ROOT / script).read_text())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            else:
-                continue
-            for name in names:
-                assert name.split(".")[0] in {*sys.stdlib_module_names, "kafka"}
+        settings.append(text[start : text.index("\n}\n", start)])
+        start = text.index("stopping = False\n")
+        functions.append(text[start : text.index("\n\n\n", text.index("def connect("))])
+    assert settings[0] == settings[1] == settings[2]
+    assert functions[0] == functions[1] == functions[2]
+    assert 'TOPIC = "events"' in settings[0]
+    assert 'GROUP_ID = "event-watchers"' in settings[0]
 
 
 @pytest.mark.parametrize("first", SCRIPTS)
@@ -133,27 +90,17 @@ def test_a_user_stays_on_one_partition_in_order(start: Start, witness: Witness) 
         assert times == sorted(times)
 
 
-# From Kafka's own UtilsTest.testMurmur2.
-@pytest.mark.parametrize(
-    ("key", "expected"),
-    [
-        (b"21", -973932308),
-        (b"foobar", -790332482),
-        (b"a-little-bit-long-string", -985981536),
-        (b"a-little-bit-longer-string", -1486304829),
-        (b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58897971),
-        (b"abc", 479470107),
-    ],
-)
-def test_keys_are_hashed_as_by_kafkas_java_client(key: bytes, expected: int) -> None:
-    assert murmur2(key) == expected % 2**32
-
-
-def test_keys_land_where_kafkas_java_client_puts_them(start: Start, witness: Witness) -> None:
+def test_keys_land_where_another_client_puts_them(start: Start, witness: Witness) -> None:
     produce(start, 200)
-    for message in witness.log():
-        # org.apache.kafka.clients.producer.internals.BuiltInPartitioner.partitionForKey
-        assert message.partition == (murmur2(message.key) & 0x7FFFFFFF) % 3
+    log = witness.log()
+    ours = {message.key: message.partition for message in log}
+    assert len(ours) == 6
+    client = Producer({**witness.settings, "partitioner": "murmur2_random"})
+    for key in ours:
+        client.produce(TOPIC, b"theirs", key)
+    assert client.flush(PATIENCE) == 0
+    theirs = {message.key: message.partition for message in witness.log() if message not in log}
+    assert ours == theirs
 
 
 def test_producer_and_consumer_show_the_same_lines(start: Start, witness: Witness) -> None:
@@ -172,11 +119,13 @@ def test_quiet_producer_shows_nothing_but_its_tally(start: Start, witness: Witne
 
 
 def test_producer_keeps_its_interval(start: Start, witness: Witness) -> None:
-    producer = start("producer.py", "--count", "6", "--interval", "0.2")
+    producer = start("producer.py", "--count", "12", "--interval", "0.2")
     assert producer.wait() == 0
-    times = [json.loads(m.value or b"")["timestamp"] for m in witness.log()]
-    span = datetime.fromisoformat(max(times)) - datetime.fromisoformat(min(times))
-    assert span >= timedelta(seconds=5 * 0.2 - 0.01)
+    times = sorted(json.loads(m.value or b"")["timestamp"] for m in witness.log())
+    moments = [datetime.fromisoformat(time).timestamp() for time in times]
+    gaps = sorted(later - earlier for earlier, later in itertools.pairwise(moments))
+    assert gaps[0] >= 0.19
+    assert gaps[len(gaps) // 2] < 0.4  # the median, for a machine that stumbles
 
 
 def test_an_event_is_shown_as_soon_as_it_is_confirmed(start: Start, witness: Witness) -> None:
@@ -258,10 +207,11 @@ def test_processor_counts_what_was_sent(start: Start, witness: Witness) -> None:
         processor = start("processor.py")
         until(lambda: processor.snapshots, "counts are shown")
         assert processor.stop() == 0
-        assert processor.snapshots == [expected, expected]  # whole at once, and again at its end
+        assert processor.snapshots == [
+            expected
+        ]  # whole at once, and not again when nothing changed
         assert "counting partitions 0, 1, 2: everything" in processor.err
-    first = processor.out[: len(processor.out) // 2]
-    assert first == json.dumps(expected, indent=2, sort_keys=True) + "\n"
+    assert processor.out == json.dumps(expected, indent=2, sort_keys=True) + "\n"
 
 
 def test_processor_goes_on_counting(start: Start, witness: Witness) -> None:
@@ -329,7 +279,7 @@ def test_two_processors_add_up_while_one_joins_and_one_leaves(
     assert all(processor.snapshots[-1] for processor in (first, second))
     assert first.stop() == 0
     until(lambda: second.snapshots[-1] == expected, "the second counts everything")
-    assert "other members" in second.err
+    assert "others of event-watchers" in second.err
     assert second.err.splitlines()[-1] == "counting partitions 0, 1, 2: everything"
 
 
@@ -341,11 +291,13 @@ def test_processor_beside_two_consumers_counts_its_share(start: Start, witness: 
     producer = produce(start, 900)
     [mine] = until(
         lambda: re.findall(
-            r"^counting partition (\d); other members .* hold \d, \d", processor.err, re.M
+            r"^counting partition (\d) only; others of event-watchers hold \d, \d"
+            r" \(everything: --group mine\)$",
+            processor.err,
+            re.MULTILINE,
         ),
         "it says what it counts and who holds the rest",
     )
-    assert "processor.py --group NAME" in processor.err
     expected = count(m for m in witness.log() if m.partition == int(mine))
     until(lambda: processor.snapshots and processor.snapshots[-1] == expected, "its share")
     everything = start("processor.py", "--group", "all")
@@ -366,10 +318,10 @@ def test_processor_beside_three_consumers_holds_nothing(start: Start, witness: W
     until(settled(witness, 3), "each consumer has a partition")
     processor = start("processor.py")
     until(
-        lambda: "counting nothing; other members of event-watchers hold 0, 1, 2" in processor.err,
+        lambda: "counting nothing; others of event-watchers hold 0, 1, 2" in processor.err,
         "it says that it holds nothing",
     )
-    assert "processor.py --group NAME" in processor.err
+    assert "(everything: --group mine)" in processor.err
     assert processor.stop() == 0
     assert processor.snapshots == []
     for consumer in consumers:
@@ -377,30 +329,19 @@ def test_processor_beside_three_consumers_holds_nothing(start: Start, witness: W
     assert len(shown(*consumers)) == 90
 
 
-@pytest.mark.parametrize("terminal", [False, True], ids=["file", "terminal"])
-def test_a_long_catch_up_shows_its_progress(terminal: bool, start: Start, witness: Witness) -> None:
+def test_a_long_catch_up_shows_its_progress(start: Start, witness: Witness) -> None:
     witness.create(3)
     witness.write((number % 3, b"key", event()) for number in range(100_000))
-    spawn = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
-    script = start(command=[*(spawn if terminal else []), *python("processor.py")])
-
-    def said() -> str:
-        return script.out if terminal else script.err
-
-    until(lambda: "counting" in said(), "it has its partitions")
+    processor = start("processor.py")
+    until(lambda: "counting" in processor.err, "it has its partitions")
     # It is held up in its first second, for long enough to make this a long catch-up.
-    processor = script.tree()[-1]
-    processor.suspend()
+    processor.process.send_signal(signal.SIGSTOP)
     time.sleep(3)
-    processor.resume()
-    until(lambda: "}" in script.out, "counts are shown")
-    [first, *_] = re.findall(r"^read ([\d,]+) of 100,000 events(\r|$)", said(), re.MULTILINE)
-    assert 0 < int(first[0].replace(",", "")) < 100_000
-    if terminal:
-        assert first[1] == "\r"  # in place: the next line is written over it
-        assert "read 100,000 of 100,000 events\r\n" in said()
-    processor.send_signal(signal.SIGINT)
-    assert script.wait() == 0
+    processor.process.send_signal(signal.SIGCONT)
+    until(lambda: processor.snapshots, "counts are shown")
+    [left, *_] = re.findall(r"^([\d,]+) events still to read$", processor.err, re.MULTILINE)
+    assert 0 < int(left.replace(",", "")) <= 100_000
+    assert processor.stop() == 0
 
 
 def test_a_quick_catch_up_shows_none(start: Start, witness: Witness) -> None:
@@ -431,7 +372,3 @@ def test_the_broker_is_the_compose_files(broker: Broker) -> None:
     properties = (broker.folder / "final" / "server.properties").read_text()
     assert "num.partitions=3" in properties
     assert f"listeners=PLAINTEXT://localhost:{broker.port}," in properties
-
-
-def test_line_helper_is_sane() -> None:
-    assert line(Message(1, 2, b"k", b"{}")) == "partition=1 offset=2 key=k {}"

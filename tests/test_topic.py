@@ -6,9 +6,7 @@ import signal
 
 import pytest
 from confluent_kafka import KafkaException
-from conftest import Start
-from harness import TOPIC, Script, Witness, add, count, event, line, until
-from test_pipeline import produce, shown
+from harness import TOPIC, Script, Start, Witness, add, count, event, line, produce, shown, until
 
 
 def at_work(start: Start, witness: Witness) -> tuple[Script, Script]:
