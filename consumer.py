@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from kafka import KafkaConsumer
+from kafka import KafkaConsumer, TopicPartition
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import KafkaError, KafkaTimeoutError
 from kafka.structs import MemberState
@@ -34,8 +34,6 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-NO_TOPIC = f"waiting: there is no topic {TOPIC}, or no right to read it"
-
 log = logging.getLogger("consumer.py")
 stopping = False
 
@@ -129,6 +127,14 @@ def shown(data: bytes | None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def why_none(consumer: KafkaConsumer) -> str:
+    try:
+        consumer.end_offsets([TopicPartition(TOPIC, 0)], timeout_ms=1_000)
+    except KafkaError:
+        return f"none, waiting: there is no topic {TOPIC}, or no right to read it"
+    return "none, others have them"
+
+
 def poll(consumer: KafkaConsumer, rewind: bool) -> dict[Any, list[Any]]:
     """The next events of each partition held; `rewind`: from where the group has committed."""
     if rewind:
@@ -160,8 +166,7 @@ def show_events(consumer: KafkaConsumer) -> None:
             settled = held or time.monotonic() - joined > 2
             if held != said and settled and group.state == MemberState.STABLE:
                 said = held
-                why = "others have them" if consumer.partitions_for_topic(TOPIC) else NO_TOPIC
-                log.info("partitions: %s", ", ".join(map(str, held)) or f"none, {why}")
+                log.info("partitions: %s", ", ".join(map(str, held)) or why_none(consumer))
         except KafkaError as error:
             # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
             # events from its buffer: the positions have moved, but nobody has seen them.

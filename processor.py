@@ -38,8 +38,6 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-NO_TOPIC = f"waiting: there is no topic {TOPIC}, or no right to read it"
-
 log = logging.getLogger("processor.py")
 stopping = False
 
@@ -228,12 +226,17 @@ def share_line(consumer: KafkaConsumer, group: str, settled: bool) -> str:
     held = sorted(partition for _, partition in consumer.assignment())
     if not (held or settled):
         return ""
+    if not held:
+        try:
+            consumer.end_offsets([TopicPartition(TOPIC, 0)], timeout_ms=1_000)
+        except KafkaError:
+            return f"counting nothing, waiting: there is no topic {TOPIC}, or no right to read it"
     others = sorted(consumer.partitions_for_topic(TOPIC).difference(held))
     if others and not settled:
         return ""
     counting = f"counting partition{'s' * (len(held) > 1)} {', '.join(map(str, held))}"
     if not others:
-        return f"{counting}: everything" if held else f"counting nothing, {NO_TOPIC}"
+        return f"{counting}: everything"
     counting = f"{counting} only" if held else "counting nothing"
     everything = f"(everything: --group {'other' if group == 'mine' else 'mine'})"
     line = f"{counting}; others of {group} hold {', '.join(map(str, others))} {everything}"

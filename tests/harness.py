@@ -171,6 +171,11 @@ class Witness:
         topics = self.admin.list_topics(timeout=PATIENCE).topics
         return sorted(topics[TOPIC].partitions) if TOPIC in topics else []
 
+    def copies(self, in_sync: bool = False) -> list[int]:
+        """How many copies each partition of the topic has, or has in sync."""
+        partitions = self.admin.list_topics(timeout=PATIENCE).topics[TOPIC].partitions
+        return [len(p.isrs if in_sync else p.replicas) for _, p in sorted(partitions.items())]
+
     def create(self, partitions: int, **config: str) -> None:
         topic = NewTopic(TOPIC, partitions, 1, config=config)
         self.admin.create_topics([topic])[TOPIC].result()

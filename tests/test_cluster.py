@@ -1,0 +1,48 @@
+"""Three brokers, each partition on all of them: the loss of one is no loss of Kafka."""
+
+import itertools
+import time
+from pathlib import Path
+
+from broker import Cluster, free_port
+from conftest import QUICK_RETURN
+from harness import Start, Witness, assert_plain, count, line, settled, shown, until
+
+# Three of Kafka's own partitions for the groups' offsets, not fifty, recover sooner.
+ENVIRONMENT = QUICK_RETURN | {"KAFKA_OFFSETS_TOPIC_NUM_PARTITIONS": "3"}
+
+
+def test_each_of_three_brokers_is_killed_in_turn(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "brokers"
+    folder.mkdir()
+    with Cluster(folder, [free_port() for _ in range(3)], ENVIRONMENT) as cluster:
+        witness = Witness(cluster.address)
+        producer = start("producer.py", "--interval", "0.005", address=cluster.address)
+        until(lambda: producer.lines, "the topic is there")
+        assert witness.copies() == [3, 3, 3]
+        consumers = [start("consumer.py", address=cluster.address) for _ in range(2)]
+        processor = start("processor.py", "--group", "counting", address=cluster.address)
+        scripts = [producer, *consumers, processor]
+        until(settled(witness, 2), "the consumers share the partitions")
+        for broker in cluster.brokers:
+            broker.kill()
+            killed = time.monotonic()
+            before = [len(script.lines) for script in scripts]
+            for script, lines in zip(scripts, before, strict=True):
+                until(lambda: len(script.lines) > lines + 20, f"{script.command[1]} goes on")
+            print(f"{broker.address}: all at work {time.monotonic() - killed:.1f} s after its end")
+            broker.start()
+            until(lambda: witness.copies(in_sync=True) == [3, 3, 3], "the cluster is whole again")
+        assert producer.stop() == 0
+        log = witness.log()
+        until(lambda: {*shown(*consumers)} >= {*producer.lines}, "all events are shown")
+        until(lambda: processor.snapshots[-1] == count(log), "all events are counted")
+        for script in scripts[1:]:
+            assert script.stop() == 0
+        assert producer.err.splitlines()[-1] == f"{len(log)} delivered, 0 failed"
+        assert shown(producer) == sorted(map(line, log))  # each confirmed event is there, once
+        for script in scripts:
+            assert_plain(script)
+            said = [text for text in script.err.splitlines() if "connect" in text]
+            for one, two in itertools.pairwise([*said, ""]):
+                assert "lost" not in one or "again" in two  # never the last word

@@ -1,0 +1,57 @@
+"""A cluster that does not create topics, as most managed ones."""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from broker import Broker
+from harness import Start, Witness, assert_plain, produce, until
+
+ABSENT = "waiting: there is no topic events, or no right to read it"
+
+
+@pytest.fixture
+def fragile_broker(tmp_path: Path) -> Iterator[Broker]:
+    folder = tmp_path / "broker"
+    folder.mkdir()
+    with Broker(folder, environment={"KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false"}) as broker:
+        yield broker
+
+
+def test_the_topic_comes_late(start: Start, fragile_broker: Broker) -> None:
+    witness = Witness(fragile_broker.address)
+    readers = [start("consumer.py"), start("processor.py", "--group", "counting")]
+    producer = start("producer.py")
+    assert producer.wait(30) == 1
+    assert producer.out == ""
+    match = re.fullmatch(r"there is no topic events; create it with `(.*)`\n", producer.err)
+    assert match
+    for reader in readers:
+        until(lambda: ABSENT in reader.err, "it says why it waits")
+    interrupted = start("consumer.py", "--group", "other")
+    until(lambda: ABSENT in interrupted.err, "it says why it waits")
+    assert interrupted.stop(timeout=15) == 0
+
+    command = shlex.split(match[1])
+    assert command[0] == "python"
+    admin = start(command=[sys.executable, *command[1:]])
+    assert admin.wait() == 0, admin.err
+    assert witness.partitions() == [0, 1, 2]
+    sent = produce(start, 50)
+    consumer, processor = readers
+    until(lambda: sorted(consumer.lines) == sorted(sent.lines), "all events are shown")
+    until(lambda: processor.snapshots, "they are counted")
+    for reader in readers:
+        assert reader.stop() == 0
+        assert_plain(reader)
+        assert reader.err.count(ABSENT) == 1
+
+
+def test_a_signal_ends_the_wait_for_the_topic(start: Start, fragile_broker: Broker) -> None:
+    producer = start("producer.py")
+    until(producer.connected, "it is connected")
+    assert producer.stop(timeout=9) in (-2, 1)  # at once, and not after its ten seconds
+    assert "Traceback" not in producer.err
