@@ -8,10 +8,10 @@ KAFKA_BOOTSTRAP_SERVERS in the environment says where Kafka is (default: localho
 
 import argparse
 import errno
+import functools
 import io
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -34,6 +34,13 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
+PLAIN = {  # what kafka-python says when a connection fails, and what a person needs to know
+    "DNS Resolution failure": "host name not known",
+    "ECONNREFUSED": "connection refused; start a broker with `docker compose up -d --wait` or "
+    "`python tests/broker.py`",
+    "socket disconnected": "closed by the other side; authentication failed, other security "
+    "settings are wrong, or it is no Kafka",
+}
 log = logging.getLogger("consumer.py")
 stopping = False
 
@@ -50,25 +57,24 @@ class ConnectionLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.connections: WeakSet[Any] = WeakSet()
-        self.lost: bool | None = None  # None: there has been none yet
+        self.lost = False
         self.reasons: dict[str, None] = {}  # why connections failed, in order, each once
 
     def emit(self, record: logging.LogRecord) -> None:
         connection, *reason = record.args or [None]
         if record.msg == "%s: Connected":
             self.connections.add(connection)
+            if self.lost:
+                log.warning("connected to Kafka again")
+            self.lost = False
         elif record.msg == "%s: Connection lost: %s":
-            self.reasons[str(*reason).rpartition("Error: ")[2]] = None
-        else:
-            return
-        # Of several brokers one may go: Kafka is lost with the last connection.
-        lost = not any(connection.connected for connection in self.connections)
-        if lost and self.lost is False:
-            log.warning("lost the connection to Kafka; trying again until it is back")
-        elif self.lost and not lost:
-            log.warning("connected to Kafka again")
-        if not lost or self.lost is not None:
-            self.lost = lost
+            text = str(*reason).rpartition("Error: ")[2]
+            self.reasons[next((PLAIN[word] for word in PLAIN if word in text), text)] = None
+            # One broker of several may go: Kafka is lost with the last connection.
+            connected = any(connection.connected for connection in self.connections)
+            if connection in self.connections and not connected and not self.lost:
+                log.warning("lost the connection to Kafka; trying again until it is back")
+                self.lost = True
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -85,7 +91,7 @@ def connect(client: Any, **settings: Any) -> Any:
             if name not in client.DEFAULT_CONFIG:
                 raise ValueError(f"unknown setting KAFKA_{name.upper()}")
             if name.endswith("file"):
-                Path(value).open().close()  # kafka-python says that a file is missing, not which
+                Path(value).stat()  # kafka-python says that a file is missing, not which
         return client(
             bootstrap_servers=BOOTSTRAP_SERVERS,
             client_id=log.name,  # tells the members of a group apart from outside
@@ -95,25 +101,12 @@ def connect(client: Any, **settings: Any) -> Any:
             **settings,
         )
     except KafkaTimeoutError:
-        reason = "; ".join(connection_log.reasons) or "no answer"
+        reasons = [reason for reason in connection_log.reasons if "refused" not in reason]
+        reason = "; ".join(reasons or connection_log.reasons) or "no answer"
     except (KafkaError, OSError, ValueError) as error:
         reason = str(error)
     finally:
         waiting.cancel()
-    for theirs, plain in (
-        ("DNS Resolution failure", "host name not known"),
-        (
-            "socket disconnected",
-            "closed by the other side; authentication failed, other security "
-            "settings are wrong, or it is no Kafka",
-        ),
-    ):
-        reason = reason.replace(theirs, plain)
-    if re.fullmatch(r"\d+ ECONNREFUSED", reason):
-        reason = (
-            "connection refused; start a broker with `docker compose up -d --wait` or "
-            "`python tests/broker.py`"
-        )
     sys.exit(f"no connection to Kafka at {BOOTSTRAP_SERVERS}: {reason}")
 
 
@@ -148,12 +141,16 @@ def poll(consumer: KafkaConsumer, rewind: bool) -> dict[Any, list[Any]]:
     return batches
 
 
+@functools.cache
+def say_once(text: str) -> None:
+    log.warning(text)
+
+
 def show_events(consumer: KafkaConsumer) -> None:
     """Until told to stop: prints the events that come, then commits them."""
     said = generation = None
     joined = 0.0
     uncommitted = failed = False
-    last_error = ""
     while not stopping:
         try:
             batches = poll(consumer, rewind=failed)
@@ -171,9 +168,8 @@ def show_events(consumer: KafkaConsumer) -> None:
             # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
             # events from its buffer: the positions have moved, but nobody has seen them.
             failed, uncommitted = True, False
-            if not error.retriable and str(error) != last_error:  # the others, ConnectionLog tells
-                last_error = str(error)
-                log.warning("%s; trying again", error)
+            if not error.retriable:  # the others are a matter of the connection
+                say_once(f"{error}; trying again")
             time.sleep(0.5)
             continue
         for (_, partition), messages in batches.items():

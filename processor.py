@@ -8,11 +8,11 @@ KAFKA_BOOTSTRAP_SERVERS in the environment says where Kafka is (default: localho
 
 import argparse
 import errno
+import functools
 import json
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -38,6 +38,13 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
+PLAIN = {  # what kafka-python says when a connection fails, and what a person needs to know
+    "DNS Resolution failure": "host name not known",
+    "ECONNREFUSED": "connection refused; start a broker with `docker compose up -d --wait` or "
+    "`python tests/broker.py`",
+    "socket disconnected": "closed by the other side; authentication failed, other security "
+    "settings are wrong, or it is no Kafka",
+}
 log = logging.getLogger("processor.py")
 stopping = False
 
@@ -54,25 +61,24 @@ class ConnectionLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.connections: WeakSet[Any] = WeakSet()
-        self.lost: bool | None = None  # None: there has been none yet
+        self.lost = False
         self.reasons: dict[str, None] = {}  # why connections failed, in order, each once
 
     def emit(self, record: logging.LogRecord) -> None:
         connection, *reason = record.args or [None]
         if record.msg == "%s: Connected":
             self.connections.add(connection)
+            if self.lost:
+                log.warning("connected to Kafka again")
+            self.lost = False
         elif record.msg == "%s: Connection lost: %s":
-            self.reasons[str(*reason).rpartition("Error: ")[2]] = None
-        else:
-            return
-        # Of several brokers one may go: Kafka is lost with the last connection.
-        lost = not any(connection.connected for connection in self.connections)
-        if lost and self.lost is False:
-            log.warning("lost the connection to Kafka; trying again until it is back")
-        elif self.lost and not lost:
-            log.warning("connected to Kafka again")
-        if not lost or self.lost is not None:
-            self.lost = lost
+            text = str(*reason).rpartition("Error: ")[2]
+            self.reasons[next((PLAIN[word] for word in PLAIN if word in text), text)] = None
+            # One broker of several may go: Kafka is lost with the last connection.
+            connected = any(connection.connected for connection in self.connections)
+            if connection in self.connections and not connected and not self.lost:
+                log.warning("lost the connection to Kafka; trying again until it is back")
+                self.lost = True
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -89,7 +95,7 @@ def connect(client: Any, **settings: Any) -> Any:
             if name not in client.DEFAULT_CONFIG:
                 raise ValueError(f"unknown setting KAFKA_{name.upper()}")
             if name.endswith("file"):
-                Path(value).open().close()  # kafka-python says that a file is missing, not which
+                Path(value).stat()  # kafka-python says that a file is missing, not which
         return client(
             bootstrap_servers=BOOTSTRAP_SERVERS,
             client_id=log.name,  # tells the members of a group apart from outside
@@ -99,25 +105,12 @@ def connect(client: Any, **settings: Any) -> Any:
             **settings,
         )
     except KafkaTimeoutError:
-        reason = "; ".join(connection_log.reasons) or "no answer"
+        reasons = [reason for reason in connection_log.reasons if "refused" not in reason]
+        reason = "; ".join(reasons or connection_log.reasons) or "no answer"
     except (KafkaError, OSError, ValueError) as error:
         reason = str(error)
     finally:
         waiting.cancel()
-    for theirs, plain in (
-        ("DNS Resolution failure", "host name not known"),
-        (
-            "socket disconnected",
-            "closed by the other side; authentication failed, other security "
-            "settings are wrong, or it is no Kafka",
-        ),
-    ):
-        reason = reason.replace(theirs, plain)
-    if re.fullmatch(r"\d+ ECONNREFUSED", reason):
-        reason = (
-            "connection refused; start a broker with `docker compose up -d --wait` or "
-            "`python tests/broker.py`"
-        )
     sys.exit(f"no connection to Kafka at {BOOTSTRAP_SERVERS}: {reason}")
 
 
@@ -256,10 +249,15 @@ def read_on(consumer: KafkaConsumer, counts: Counts) -> float:
     return counts.still_to_read()
 
 
+@functools.cache
+def say_once(text: str) -> None:
+    log.warning(text)
+
+
 def count_events(consumer: KafkaConsumer, counts: Counts, group: str, once: bool) -> None:
     """Counts, and shows the counts, until told to stop or with `once` until it has shown some."""
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
-    printed = said = share = last_error = ""
+    printed = said = share = ""
     generation, joined, skipped = None, 0.0, 0
     next_report = time.monotonic() + 2  # the first counts do not wait for it
     last_round = False
@@ -267,27 +265,24 @@ def count_events(consumer: KafkaConsumer, counts: Counts, group: str, once: bool
         last_round = stopping
         try:
             left = read_on(consumer, counts)
-            now, member = time.monotonic(), consumer.group_metadata()
-            stable = member.state == MemberState.STABLE
-            if not stable or member.generation_id != generation:
+            member, now = consumer.group_metadata(), time.monotonic()
+            if member.generation_id != generation:
                 generation, joined, share = member.generation_id, now, ""
-            if stable and not share:
-                # A newcomer gets nothing at first: the others have to give something up for it.
-                share = share_line(consumer, group, settled=now - joined > 2)
+            # A newcomer gets nothing at first: the others have to give something up for it.
+            settled = member.state == MemberState.STABLE and now - joined > 2
+            share = share or share_line(consumer, group, settled)
         except KafkaError as error:
             # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
             # events from its buffer: the positions have moved, but nobody has counted them.
             counts.resume()
-            if not error.retriable and str(error) != last_error:  # the others, ConnectionLog tells
-                last_error = str(error)
-                log.warning("%s; trying again", error)
+            if not error.retriable:  # the others are a matter of the connection
+                say_once(f"{error}; trying again")
             time.sleep(0.5)
             continue
         if share and share != said:
             said = share
             log.info(share)
-        due = now >= next_report or last_round or not (printed or left)
-        if not share or not due:
+        if not share or (now < next_report and not last_round and (printed or left)):
             continue
         next_report = now + 1
         if counts.skipped > skipped:

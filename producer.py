@@ -15,7 +15,6 @@ import math
 import os
 import queue
 import random
-import re
 import signal
 import sys
 import threading
@@ -38,6 +37,13 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
+PLAIN = {  # what kafka-python says when a connection fails, and what a person needs to know
+    "DNS Resolution failure": "host name not known",
+    "ECONNREFUSED": "connection refused; start a broker with `docker compose up -d --wait` or "
+    "`python tests/broker.py`",
+    "socket disconnected": "closed by the other side; authentication failed, other security "
+    "settings are wrong, or it is no Kafka",
+}
 # The first three users land on partitions 0, 1 and 2 (of three), the others on 0, 1 and 2 again.
 USERS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice", "dave", "carol"]
 ACTIONS = ["view", "click", "add_to_cart", "purchase"]
@@ -59,25 +65,24 @@ class ConnectionLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.connections: WeakSet[Any] = WeakSet()
-        self.lost: bool | None = None  # None: there has been none yet
+        self.lost = False
         self.reasons: dict[str, None] = {}  # why connections failed, in order, each once
 
     def emit(self, record: logging.LogRecord) -> None:
         connection, *reason = record.args or [None]
         if record.msg == "%s: Connected":
             self.connections.add(connection)
+            if self.lost:
+                log.warning("connected to Kafka again")
+            self.lost = False
         elif record.msg == "%s: Connection lost: %s":
-            self.reasons[str(*reason).rpartition("Error: ")[2]] = None
-        else:
-            return
-        # Of several brokers one may go: Kafka is lost with the last connection.
-        lost = not any(connection.connected for connection in self.connections)
-        if lost and self.lost is False:
-            log.warning("lost the connection to Kafka; trying again until it is back")
-        elif self.lost and not lost:
-            log.warning("connected to Kafka again")
-        if not lost or self.lost is not None:
-            self.lost = lost
+            text = str(*reason).rpartition("Error: ")[2]
+            self.reasons[next((PLAIN[word] for word in PLAIN if word in text), text)] = None
+            # One broker of several may go: Kafka is lost with the last connection.
+            connected = any(connection.connected for connection in self.connections)
+            if connection in self.connections and not connected and not self.lost:
+                log.warning("lost the connection to Kafka; trying again until it is back")
+                self.lost = True
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -94,7 +99,7 @@ def connect(client: Any, **settings: Any) -> Any:
             if name not in client.DEFAULT_CONFIG:
                 raise ValueError(f"unknown setting KAFKA_{name.upper()}")
             if name.endswith("file"):
-                Path(value).open().close()  # kafka-python says that a file is missing, not which
+                Path(value).stat()  # kafka-python says that a file is missing, not which
         return client(
             bootstrap_servers=BOOTSTRAP_SERVERS,
             client_id=log.name,  # tells the members of a group apart from outside
@@ -104,25 +109,12 @@ def connect(client: Any, **settings: Any) -> Any:
             **settings,
         )
     except KafkaTimeoutError:
-        reason = "; ".join(connection_log.reasons) or "no answer"
+        reasons = [reason for reason in connection_log.reasons if "refused" not in reason]
+        reason = "; ".join(reasons or connection_log.reasons) or "no answer"
     except (KafkaError, OSError, ValueError) as error:
         reason = str(error)
     finally:
         waiting.cancel()
-    for theirs, plain in (
-        ("DNS Resolution failure", "host name not known"),
-        (
-            "socket disconnected",
-            "closed by the other side; authentication failed, other security "
-            "settings are wrong, or it is no Kafka",
-        ),
-    ):
-        reason = reason.replace(theirs, plain)
-    if re.fullmatch(r"\d+ ECONNREFUSED", reason):
-        reason = (
-            "connection refused; start a broker with `docker compose up -d --wait` or "
-            "`python tests/broker.py`"
-        )
     sys.exit(f"no connection to Kafka at {BOOTSTRAP_SERVERS}: {reason}")
 
 

@@ -118,10 +118,16 @@ class Proxy:
 
     So does Docker's for a published port: a client gets a connection to a broker that is down, and
     loses it at once.
+
+    `answers(api_key)` is called with each response of the broker, and is given the API key of its
+    request. It says whether the response is passed on, and may take its time to say so; if not,
+    the connection is cut. A test may put another function in its place.
     """
 
     def __init__(self, port: int, target: int) -> None:
+        self.address = f"localhost:{port}"
         self.target = target
+        self.answers: Callable[[int], bool] = lambda api_key: True
         self.listener = socket.create_server(("127.0.0.1", port), backlog=100)
         threading.Thread(target=self.accept, daemon=True).start()
 
@@ -135,13 +141,33 @@ class Proxy:
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     client.close()
                     continue
-                for pair in ((client, server), (server, client)):
-                    threading.Thread(target=self.copy, args=pair, daemon=True).start()
+                self.connect(client, server)
 
-    def copy(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
+    def connect(self, client: socket.socket, server: socket.socket) -> None:
+        api_keys: dict[int, int] = {}  # of the requests, by correlation id
+
+        def request(message: bytes) -> bool:
+            api_key, _, correlation_id = struct.unpack_from(">hhi", message)
+            api_keys[correlation_id] = api_key
+            return True
+
+        def response(message: bytes) -> bool:
+            [correlation_id] = struct.unpack_from(">i", message)
+            return self.answers(api_keys.pop(correlation_id))
+
+        for arguments in ((client, server, request), (server, client, response)):
+            threading.Thread(target=self.copy, args=arguments, daemon=True).start()
+
+    def copy(
+        self, source: socket.socket, sink: socket.socket, passes: Callable[[bytes], bool]
+    ) -> None:
+        # struct.error: a message that is cut off, for its sender was killed.
+        with contextlib.suppress(OSError, struct.error), source.makefile("rb") as stream:
+            while size := stream.read(4):
+                message = stream.read(int.from_bytes(size, "big"))
+                if not passes(message):
+                    break
+                sink.sendall(size + message)
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,221 @@
+"""Promises that are seldom seen broken: each test constructs the moment that would break one."""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from broker import Broker, free_port
+from harness import Proxy, Start, Witness, add, count, event, line, python, settled, shown, until
+
+# API keys: Kafka's numbers for the kinds of request.
+PRODUCE, FETCH, SYNC_GROUP, OFFSET_FOR_LEADER_EPOCH = 0, 1, 14, 23
+
+
+@pytest.fixture(scope="module")
+def proxied_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """The way, and the only one, to a broker that creates no topics by itself."""
+    port = free_port()
+    environment = {
+        "KAFKA_ADVERTISED_LISTENERS": f"PLAINTEXT://localhost:{port}",
+        "KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false",
+    }
+    with Broker(tmp_path_factory.mktemp("broker"), environment=environment) as broker:
+        proxy = Proxy(port, broker.port)
+        yield proxy
+        proxy.close()
+
+
+@pytest.fixture
+def proxy(proxied_broker: Proxy) -> Proxy:
+    """The same, to a broker on which neither the topic nor a group exists."""
+    proxied_broker.answers = lambda api_key: True
+    Witness(proxied_broker.address).clean()
+    return proxied_broker
+
+
+# Runs a script with another poll().
+OTHER_POLL = """
+import runpy, sys, time
+from kafka import KafkaConsumer
+poll = KafkaConsumer.poll
+def other_poll(self, **_):
+    {}
+KafkaConsumer.poll = other_poll
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+LONG_POLL = OTHER_POLL.format("return poll(self, timeout_ms=2_000)")
+SLOW_POLL = OTHER_POLL.format("time.sleep(0.05); return poll(self, 100, max_records=100)")
+
+
+def test_a_consumer_held_up_in_its_output_has_committed_no_more_than_is_there(
+    start: Start, witness: Witness, tmp_path: Path
+) -> None:
+    witness.create(1)
+    # 7 kB: for the consumer one poll() and, as Python buffers 8 kB, one write().
+    witness.write([(0, b"key", event())] * 60)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    pipe = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(pipe, b"\n" * 4096)
+    os.read(pipe, 4096)  # the pipe was full; now there is room for half of the events
+    consumer = start(
+        command=["sh", "-c", 'exec "$@" > "$0"', str(fifo), *python("consumer.py")],
+        environment={"PYTHONUNBUFFERED": ""},
+    )
+    until(lambda: not select.select([], [pipe], [], 0)[1], "the pipe is full again")
+    committed = witness.committed().get(0, 0)
+    assert consumer.stop(signal.SIGKILL) == -signal.SIGKILL
+    *in_pipe, _ = os.read(pipe, 1 << 20).decode().lstrip("\n").split("\n")
+    os.close(pipe)
+    assert 0 < len(in_pipe) < 60
+    assert committed <= len(in_pipe)
+    successor = start("consumer.py")
+    everything = {line(message) for message in witness.log()}
+    until(lambda: {*in_pipe, *successor.lines} == everything, "nothing is lost")
+    assert successor.stop() == 0
+
+
+def test_an_event_whose_confirmation_gets_lost_is_written_once(start: Start, proxy: Proxy) -> None:
+    lost: list[int] = []
+
+    def answers(api_key: int) -> bool:
+        if api_key != PRODUCE or len(lost) == 3:
+            return True
+        lost.append(api_key)
+        return False
+
+    witness = Witness(proxy.address)
+    witness.create(3)
+    proxy.answers = answers
+    producer = start("producer.py", "--count", "20", "--interval", "0", address=proxy.address)
+    assert producer.wait() == 0
+    assert len(lost) == 3
+    log = witness.log()
+    assert len(log) == 20
+    assert shown(producer) == sorted(map(line, log))
+
+
+@pytest.mark.parametrize("consumers", ["have left", "share with it"])
+def test_a_processor_starts_at_the_first_event_whatever_is_committed(
+    consumers: str, start: Start, witness: Witness
+) -> None:
+    witness.create(3)
+    witness.write((i % 3, b"key", event(f"user {i % 3}")) for i in range(300))
+    everything = count(witness.log())
+    consumer = start("consumer.py")
+    until(lambda: len(consumer.lines) == 300, "all events are shown")
+    until(lambda: sum(witness.committed().values()) == 300, "they are committed")
+    if consumers == "have left":
+        assert consumer.stop() == 0
+    processor = start("processor.py")
+    until(lambda: processor.snapshots, "counts are shown")
+    first = processor.snapshots[0]
+    assert len(first) == (3 if consumers == "have left" else 1)  # each partition has a user
+    assert first == {user: everything[user] for user in first}
+
+
+@pytest.mark.parametrize("script", ["consumer.py", "processor.py"])
+def test_a_join_that_outlasts_a_poll_is_completed(script: str, start: Start, proxy: Proxy) -> None:
+    def answers(api_key: int) -> bool:
+        if api_key == SYNC_GROUP:  # the last step of a join; poll() has long returned by then
+            time.sleep(2)
+        return True
+
+    witness = Witness(proxy.address)
+    reader = start(script, address=proxy.address)
+    until(lambda: witness.members() == [[]], "it is the group's leader, with no topic yet")
+    proxy.answers = answers
+    witness.create(3)
+    witness.write([(2, b"key", event())])
+    until(lambda: reader.lines, "it has got its partitions", timeout=30)
+    assert reader.stop() == 0
+
+
+@pytest.mark.parametrize("case", ["cut", "trickle", "elsewhere"])
+def test_every_snapshot_around_a_replaced_topic_is_whole(
+    case: str, start: Start, proxy: Proxy
+) -> None:
+    """Deleted and created anew behind its back: kafka-python believes that the log was truncated.
+
+    It then goes back to the new log's end, and does so within the poll() that finds that out.
+    - cut: it loses the next fetch and with it the session, so it is told how long the new log is
+    - trickle: the same poll() brings the next events of the new log
+    - elsewhere: it brings the events of partitions that were empty, of which it knows the first
+    """
+    to_come = [OFFSET_FOR_LEADER_EPOCH, FETCH]
+
+    def answers(api_key: int) -> bool:
+        if api_key not in to_come[:1]:
+            return True
+        to_come.pop(0)
+        return bool(to_come)  # the last of them is lost
+
+    def write(era: str, number: int, partitions: int = 3) -> None:
+        users = [(i % partitions, f"{era} {i % partitions}") for i in range(number)]
+        witness.write((partition, b"key", event(user)) for partition, user in users)
+
+    def noticed() -> bool:
+        write("new", 3)
+        return len(processor.snapshots) > 1
+
+    witness = Witness(proxy.address)
+    witness.create(3)
+    write("old", 3000, partitions=1 if case == "elsewhere" else 3)
+    command = [sys.executable, "-c", LONG_POLL, "processor.py"]
+    processor = start(command=command, address=proxy.address)
+    until(lambda: processor.snapshots, "the old topic's events are counted")
+    old = count(witness.log())
+    processor.process.send_signal(signal.SIGSTOP)
+    witness.delete()
+    witness.create(3)
+    write("new", 300)
+    new = count(witness.log())
+    if case == "cut":
+        proxy.answers = answers
+    processor.process.send_signal(signal.SIGCONT)
+    if case == "trickle":
+        until(noticed, "it shows other counts", timeout=30)
+        new = count(witness.log())
+    until(lambda: processor.snapshots[-1] == new, "the new events are counted", timeout=30)
+    assert processor.stop() == 0
+    assert case != "cut" or not to_come
+    for snapshot in processor.snapshots:
+        assert snapshot == old or (
+            snapshot.keys() == new.keys()
+            and all(100 <= snapshot[user]["view"] <= new[user]["view"] for user in new)
+        )
+
+
+def test_every_snapshot_is_whole_while_members_come_and_go(start: Start, witness: Witness) -> None:
+    witness.create(3)
+    witness.write((i % 3, b"key", event(f"user {i % 3}")) for i in range(7500))
+    everything = count(witness.log())
+    # A partition takes it longer than the second that it lets pass between two snapshots.
+    slow = [sys.executable, "-c", SLOW_POLL, "processor.py"]
+    first = start(command=slow)
+    until(lambda: first.snapshots, "the first counts")
+    assert first.snapshots[0] == everything
+    second = start(command=slow)
+    until(lambda: second.snapshots, "the second counts its share")
+    until(
+        lambda: add(first.snapshots[-1], second.snapshots[-1]) == everything,
+        "the first counts the rest",
+    )
+    consumer = start("consumer.py")
+    until(settled(witness, 3), "the consumer gets its share")
+    assert first.stop() == 0
+    until(settled(witness, 2), "the others share what the first had")
+    assert consumer.stop() == 0
+    until(lambda: second.snapshots[-1] == everything, "the second counts everything")
+    assert second.stop() == 0
+    for snapshot in (*first.snapshots, *second.snapshots):
+        assert snapshot == {user: everything[user] for user in snapshot}  # each partition has one
