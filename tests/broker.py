@@ -37,6 +37,7 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 9092  # of the program; a test's broker has one of its own
+EVENTS = ROOT / ".kafka"
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 
@@ -275,14 +276,13 @@ def serve(brokers: list[Broker], ready: str) -> int:
 
 def serve_one() -> int:
     """Serves localhost:9092; the events are kept, as with Docker."""
-    folder = ROOT / ".kafka"
-    folder.mkdir(exist_ok=True)
-    broker = Broker(folder, PORT)
+    EVENTS.mkdir(exist_ok=True)
+    broker = Broker(EVENTS, PORT)
     broker.start()
     try:
         return serve(
             [broker],
-            f"Kafka is ready on {broker.address}; Ctrl-C stops it, and `rm -r {folder.name}` then "
+            f"Kafka is ready on {broker.address}; Ctrl-C stops it, and `rm -r {EVENTS.name}` then "
             "deletes its events",
         )
     finally:

@@ -1,19 +1,22 @@
 """tests/broker.py as a program; on a free port here, where users have it on 9092."""
 
+import os
+import re
 import signal
 import socket
 import sys
 from pathlib import Path
 
-from broker import ROOT, free_port
-from harness import Script, Start, Witness, event, until
+import pytest
+from broker import ROOT, free_port, version
+from harness import PATIENCE, Script, Start, Witness, event, until
 
 # Runs the program on the port given first, with its data under the folder given second.
 PROGRAM = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import broker
-broker.PORT, broker.ROOT = int(sys.argv.pop(1)), pathlib.Path(sys.argv.pop(1))
+broker.PORT, broker.EVENTS = int(sys.argv.pop(1)), pathlib.Path(sys.argv.pop(1), ".kafka")
 sys.exit(broker.main())
 """
 
@@ -39,17 +42,59 @@ def test_it_serves_until_ctrl_c_and_keeps_the_events(start: Start, tmp_path: Pat
         assert len(witness.log()) == 5
         assert broker.stop(signal.SIGINT if run == 0 else signal.SIGTERM) == 0
         assert broker.err == ""
+        assert broker.lines[-1] == "stopping Kafka"
     assert (tmp_path / ".kafka" / "data").is_dir()
 
 
-def test_it_serves_a_command_and_ends_with_its_status(start: Start, tmp_path: Path) -> None:
-    port = free_port()
+def test_it_serves_a_command_on_a_free_port_and_ends_with_its_status(
+    start: Start, tmp_path: Path
+) -> None:
     job = f"{sys.executable} producer.py --count 3 --interval 0 --quiet && env && exit 7"
-    broker = program(start, port, tmp_path, "sh", "-c", job)
-    assert broker.wait() == 7
-    assert f"KAFKA_BOOTSTRAP_SERVERS=localhost:{port}" in broker.lines
+    with socket.socket() as taken:
+        port = free_port()
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        broker = program(start, port, tmp_path, "sh", "-c", job)
+        assert broker.wait() == 7
+    [own] = re.findall(r"^KAFKA_BOOTSTRAP_SERVERS=localhost:(\d+)$", broker.out, re.MULTILINE)
+    assert int(own) != port
     assert broker.err == "3 delivered, 0 failed\n"
     assert not (tmp_path / ".kafka").exists()
+
+
+def test_three_brokers_for_a_command(start: Start, tmp_path: Path) -> None:
+    job = f"{sys.executable} producer.py --count 3 --interval 0 && env"
+    broker = program(start, free_port(), tmp_path, "--brokers", "3", "sh", "-c", job)
+    assert broker.wait() == 0, broker.err
+    assert re.search(
+        r"^KAFKA_BOOTSTRAP_SERVERS=localhost:\d+,localhost:\d+,localhost:\d+$",
+        broker.out,
+        re.MULTILINE,
+    )
+    assert broker.err == "3 delivered, 0 failed\n"
+
+
+def test_three_brokers_until_ctrl_c_of_which_one_is_killed(start: Start, tmp_path: Path) -> None:
+    port = free_port()
+    brokers = program(start, port, tmp_path, "--brokers", "3")
+    until(lambda: "Ctrl-C stops all" in brokers.out, "they are ready", 2 * PATIENCE)
+    addresses = [f"localhost:{port + number}" for number in range(3)]
+    assert f"    export KAFKA_BOOTSTRAP_SERVERS={','.join(addresses)}" in brokers.lines
+    kills = re.findall(r"^    kill -9 (\d+)  # (localhost:\d+)$", brokers.out, re.MULTILINE)
+    assert [address for _, address in kills] == addresses
+    producer = start("producer.py", "--interval", "0.01", address=",".join(addresses))
+    until(lambda: producer.lines, "an event is confirmed")
+    os.kill(int(kills[1][0]), signal.SIGKILL)
+    until(lambda: f"the broker on {addresses[1]} has ended" in brokers.out, "it says so")
+    before = len(producer.lines)
+    until(lambda: len(producer.lines) > before + 100, "the other two do the work")
+    assert producer.stop() == 0
+    running = [process for process in brokers.tree() if process.pid != brokers.process.pid]
+    assert len(running) == 2
+    assert brokers.stop() == 0
+    assert brokers.lines[-1] == "stopping Kafka"
+    assert not any(process.is_running() for process in running)
+    assert brokers.err == ""
 
 
 def test_it_refuses_a_port_that_is_taken(start: Start, tmp_path: Path) -> None:
@@ -57,8 +102,46 @@ def test_it_refuses_a_port_that_is_taken(start: Start, tmp_path: Path) -> None:
         port = free_port()
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        for command in ([], ["true"]):
-            broker = program(start, port, tmp_path, *command)
-            assert broker.wait() == 1
-            assert broker.out == ""
-            assert broker.err == f"port {port} is taken: does a broker run already?\n"
+        broker = program(start, port, tmp_path)
+        assert broker.wait() == 1
+        assert broker.out == ""
+        assert broker.err == f"port {port} is taken: does a broker run already?\n"
+        helped = program(start, port, tmp_path, "--help")
+        assert helped.wait() == 0
+        assert "--brokers 3" in helped.out
+
+
+def test_without_its_packages_it_says_what_to_install(start: Start) -> None:
+    # -I -S: Python without site-packages, as outside the virtual environment.
+    command = [sys.executable, "-I", "-S", str(ROOT / "tests" / "broker.py")]
+    bare = start(command=command, address="nowhere:1")
+    assert bare.wait() == 1
+    assert bare.out == ""
+    assert re.fullmatch(
+        r"\w+ is missing: `pip install -r tests/broker-requirements.txt`\n", bare.err
+    )
+    helped = start(command=[*command, "--help"], address="nowhere:1")
+    assert helped.wait() == 0
+    assert "--brokers 3" in helped.out
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_it_announces_a_download_only_if_there_is_one(
+    there: bool, start: Start, tmp_path: Path
+) -> None:
+    repository = tmp_path / "repository"
+    if there:
+        (repository / "org/apache/kafka/kafka_2.13" / version()).mkdir(parents=True)
+    # What it would download is not needed to see what it says.
+    stub = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import broker\n"
+        "class Settings:\n"
+        f"    repo_cache = {str(repository)!r}\n"
+        "    load = classmethod(lambda cls: cls)\n"
+        "broker.GlobalSettings, broker.run = Settings, lambda *_: 0\n"
+        "sys.exit(broker.main())\n"
+    )
+    broker = start(command=[sys.executable, "-c", stub, "true"], address="nowhere:1")
+    assert broker.wait() == 0
+    assert ("downloading Kafka" in broker.err) is not there

@@ -1,16 +1,14 @@
 """docker-compose.yml: as far as it goes without Docker, and for real where an engine answers."""
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import yaml
 from broker import PORT, ROOT, is_open
-from harness import Witness, count, line, python
+from harness import Start, Witness, count, line, shown, until
 
 ADDRESS = f"localhost:{PORT}"
 
@@ -60,29 +58,25 @@ def compose() -> Iterator[Callable[..., None]]:
     run("down", "--volumes")
 
 
-def test_the_main_job_on_the_compose_files_broker(compose: Callable[..., None]) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "KAFKA_BOOTSTRAP_SERVERS"}
-
-    def output(*command: str) -> str:
-        """What a script with its defaults, ended by its reader or by itself, has shown."""
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-
-    def shell(script: str, reader: str) -> str:
-        return output("bash", "-c", f"{sys.executable} {script} | {reader}")
-
+@pytest.mark.xdist_group("port 9092")
+def test_the_main_job_on_the_compose_files_broker(
+    compose: Callable[..., None], start: Start
+) -> None:
     compose("up", "-d", "--wait")
-    sent = output(*python("producer.py", "--count", "100", "--interval", "0")).splitlines()
+    producer = start("producer.py", "--count", "100", "--interval", "0", address=ADDRESS)
+    assert producer.wait() == 0
     witness = Witness(ADDRESS)
     log = witness.log()
     assert witness.partitions() == [0, 1, 2]
-    assert sorted(sent) == sorted(map(line, log))
-    assert sorted(shell("consumer.py", "head -100").splitlines()) == sorted(sent)
-    snapshot = shell("processor.py", "sed /^}/q")  # up to the end of the first document
-    assert json.loads(snapshot) == count(log)
-
-    compose("down")
-    compose("up", "-d", "--wait")
-    assert Witness(ADDRESS).log() == log
-    assert json.loads(shell("processor.py", "sed /^}/q")) == count(log)
+    assert shown(producer) == sorted(map(line, log))
+    consumer = start("consumer.py", address=ADDRESS)
+    until(lambda: len(consumer.lines) >= 100, "all events are shown")
+    assert consumer.stop() == 0
+    assert shown(consumer) == shown(producer)
+    for _ in range(2):
+        processor = start("processor.py", "--once", address=ADDRESS)
+        assert processor.wait() == 0
+        assert processor.snapshots == [count(log)]
+        compose("down")
+        compose("up", "-d", "--wait")
+        assert Witness(ADDRESS).log() == log

@@ -65,6 +65,7 @@ def run(folder: Path, command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.xdist_group("port 9092")
 def test_the_quick_start_without_docker(tmp_path: Path, shell: list[Script]) -> None:
     if is_open(PORT):
         pytest.skip(f"port {PORT} is taken")
