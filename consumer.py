@@ -22,7 +22,7 @@ from weakref import WeakSet
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaError, KafkaTimeoutError
+from kafka.errors import CommitFailedError, KafkaError, KafkaTimeoutError
 from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
@@ -185,6 +185,10 @@ def show_events(consumer: KafkaConsumer) -> None:
             if uncommitted:
                 consumer.commit(timeout_ms=1_000)
                 uncommitted = False
+        except CommitFailedError:  # it was held up for longer than max_poll_interval_ms, 5 min
+            log.warning(
+                "held up for too long: the last events are shown again by whoever has them now"
+            )
         except KafkaError:
             pass  # the positions stay: the next commit covers these events as well
     if uncommitted:

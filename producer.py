@@ -145,7 +145,7 @@ class Deliveries:
         try:
             future = producer.send(TOPIC, key=key.encode(), value=value.encode())
             future.add_both(lambda result: self.results.put((key, value, result)))
-        except KafkaError as error:  # it could not learn which partitions there are
+        except (KafkaError, TypeError, ValueError) as error:  # the topic has just been deleted
             self.results.put((key, value, error))
 
     def settle(self, seconds: float) -> None:

@@ -1,7 +1,10 @@
 """Nothing lost, nothing counted twice: members and brokers that come, go and crash."""
 
+import contextlib
+import os
 import random
 import re
+import select
 import signal
 import sys
 import time
@@ -221,6 +224,72 @@ def test_the_delivery_time_out_is_the_one_that_help_tells(start: Start) -> None:
     assert "after 120 s has failed" in script.out
     assert KafkaProducer.DEFAULT_CONFIG["delivery_timeout_ms"] == 120_000
     assert "delivery_timeout_ms" not in (ROOT / "producer.py").read_text()
+
+
+# Runs the producer with a send() that fails as it may when the topic has just been deleted.
+VANISHING = """
+import sys
+from kafka import KafkaProducer
+sent, send = [], KafkaProducer.send
+def vanishing_send(self, *arguments, **keywords):
+    sent.append(1)
+    if len(sent) == 50:
+        raise ValueError("Partitioner did not assign a partition for topic events!")
+    return send(self, *arguments, **keywords)
+KafkaProducer.send = vanishing_send
+sys.path.insert(0, ".")
+import producer
+producer.main()
+"""
+
+
+def test_a_send_that_raises_is_accounted_for(start: Start, witness: Witness) -> None:
+    producer = start(command=[sys.executable, "-c", VANISHING, "--interval", "0"])
+    assert producer.wait() == 1
+    assert_plain(producer)
+    assert producer.err.splitlines()[-1].endswith(" delivered, 1 failed")
+    assert "not delivered: Partitioner did not assign a partition" in producer.err
+    assert shown(producer) == sorted(map(line, witness.log()))
+
+
+# Runs the consumer as a member that is out of its group after two seconds without poll().
+HURRIED = """
+import sys
+from kafka import KafkaConsumer
+KafkaConsumer.DEFAULT_CONFIG["max_poll_interval_ms"] = 2_000
+sys.path.insert(0, ".")
+import consumer
+consumer.main()
+"""
+
+
+def test_a_consumer_held_up_for_too_long_says_that_events_are_shown_again(
+    start: Start, witness: Witness, tmp_path: Path
+) -> None:
+    witness.create(1)
+    witness.write([(0, b"key", event())] * 3000)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    pipe = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    consumer = start(
+        command=["sh", "-c", f'exec "$@" >{fifo}', "sh", sys.executable, "-c", HURRIED]
+    )
+    until(lambda: not select.select([], [pipe], [], 0)[1], "the pipe is full")
+    until(lambda: witness.members() == [], "the group has given it up")
+    output = b""
+
+    def read() -> bytes:
+        nonlocal output
+        with contextlib.suppress(BlockingIOError):
+            output += os.read(pipe, 1 << 20)
+        return output
+
+    until(lambda: read().count(b"\n") > 3000, "its events are shown again")
+    assert "held up for too long" in consumer.err
+    until(lambda: read().count(b"\n") >= 6000, "all of them")
+    assert consumer.stop() == 0
+    assert witness.committed() == {0: 3000}
+    os.close(pipe)
 
 
 # Runs a script with a kafka-python that cannot send a fetch request, when it has just taken events
