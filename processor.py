@@ -26,7 +26,7 @@ from weakref import WeakSet
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaError, KafkaTimeoutError
+from kafka.errors import KafkaError
 from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
@@ -42,8 +42,8 @@ PLAIN = {  # what kafka-python says when a connection fails, and what a person n
     "DNS Resolution failure": "host name not known",
     "ECONNREFUSED": "connection refused; start a broker with `docker compose up -d --wait` or "
     "`python tests/broker.py`",
-    "socket disconnected": "closed by the other side; authentication failed, other security "
-    "settings are wrong, or it is no Kafka",
+    "socket disconnected": "closed by the other side: is it Kafka, and are the security settings "
+    "the right ones?",
 }
 log = logging.getLogger("processor.py")
 stopping = False
@@ -65,20 +65,30 @@ class ConnectionLog(logging.Handler):
         self.reasons: dict[str, None] = {}  # why connections failed, in order, each once
 
     def emit(self, record: logging.LogRecord) -> None:
-        connection, *reason = record.args or [None]
+        arguments: Any = record.args or [None]
+        connection, *error = arguments
         if record.msg == "%s: Connected":
             self.connections.add(connection)
             if self.lost:
                 log.warning("connected to Kafka again")
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
-            text = str(*reason).rpartition("Error: ")[2]
-            self.reasons[next((PLAIN[word] for word in PLAIN if word in text), text)] = None
+            reason = str(*error).rpartition("Error: ")[2]
+            if reason == "socket disconnected" and connection.sasl_enabled:
+                # kafka-python 3.0.12 drops the broker's answer, in _read_from_sock().
+                reason = "authentication failed" if connection.broker_version else reason
+            self.reasons[next((PLAIN[word] for word in PLAIN if word in reason), reason)] = None
             # One broker of several may go: Kafka is lost with the last connection.
             connected = any(connection.connected for connection in self.connections)
             if connection in self.connections and not connected and not self.lost:
                 log.warning("lost the connection to Kafka; trying again until it is back")
                 self.lost = True
+
+    def give_up(self) -> None:
+        reasons = [reason for reason in self.reasons if "refused" not in reason] or self.reasons
+        text = "; ".join(reasons) or "no answer"
+        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, text)
+        os._exit(1)
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -89,29 +99,27 @@ def connect(client: Any, **settings: Any) -> Any:
     logging.getLogger("kafka").propagate = False
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
     waiting = threading.Timer(2, log.info, [f"not connected to {BOOTSTRAP_SERVERS} yet"])
-    waiting.start()
+    giving_up = threading.Timer(10, connection_log.give_up)
     try:
         for name, value in SECURITY.items():
             if name not in client.DEFAULT_CONFIG:
                 raise ValueError(f"unknown setting KAFKA_{name.upper()}")
             if name.endswith("file"):
                 Path(value).stat()  # kafka-python says that a file is missing, not which
+        waiting.start()
+        giving_up.start()
         return client(
             bootstrap_servers=BOOTSTRAP_SERVERS,
             client_id=log.name,  # tells the members of a group apart from outside
-            bootstrap_timeout_ms=10_000,  # say soon that there is no broker
             reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
             **SECURITY,
             **settings,
         )
-    except KafkaTimeoutError:
-        reasons = [reason for reason in connection_log.reasons if "refused" not in reason]
-        reason = "; ".join(reasons or connection_log.reasons) or "no answer"
     except (KafkaError, OSError, ValueError) as error:
-        reason = str(error)
+        sys.exit(f"no connection to Kafka at {BOOTSTRAP_SERVERS}: {error}")
     finally:
         waiting.cancel()
-    sys.exit(f"no connection to Kafka at {BOOTSTRAP_SERVERS}: {reason}")
+        giving_up.cancel()
 
 
 def read_event(value: bytes | None) -> tuple[str, str]:

@@ -246,7 +246,13 @@ class Witness:
         """The committed offset of each partition that has one."""
         consumer = Consumer({**self.settings, "group.id": group})
         asked = [TopicPartition(TOPIC, number) for number in self.partitions()]
-        answered = consumer.committed(asked, timeout=PATIENCE)
+
+        def answer() -> list[TopicPartition] | None:
+            with contextlib.suppress(KafkaException):  # the coordinator is not ready yet
+                return consumer.committed(asked, timeout=PATIENCE)
+            return None
+
+        answered = until(answer, "the coordinator answers") if asked else []
         consumer.close()
         return {entry.partition: entry.offset for entry in answered if entry.offset >= 0}
 
