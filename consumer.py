@@ -8,7 +8,6 @@ KAFKA_BOOTSTRAP_SERVERS in the environment says where Kafka is (default: localho
 
 import argparse
 import errno
-import functools
 import io
 import logging
 import os
@@ -34,21 +33,13 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-PLAIN = {  # what kafka-python says when a connection fails, and what a person needs to know
+PLAIN = {  # what kafka-python says of a connection, in plain words
     "DNS Resolution failure": "host name not known",
-    "ECONNREFUSED": "connection refused; start a broker with `docker compose up -d --wait` or "
-    "`python tests/broker.py`",
-    "socket disconnected": "closed by the other side: is it Kafka, and are the security settings "
-    "the right ones?",
+    "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
+    "socket disconnected": "closed at once; no Kafka there, or other security settings are needed",
 }
 log = logging.getLogger("consumer.py")
-stopping = False
-
-
-def stop(*_: object) -> None:
-    """Ctrl-C or SIGTERM: finish the work in hand, then end."""
-    global stopping
-    stopping = True
+stopping: list[int] = []  # the signals that have come, SIGINT or SIGTERM
 
 
 class ConnectionLog(logging.Handler):
@@ -57,41 +48,34 @@ class ConnectionLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.connections: WeakSet[Any] = WeakSet()
-        self.lost = False
-        self.reasons: dict[str, None] = {}  # why connections failed, in order, each once
+        self.lost, self.reason = False, "no answer"
 
-    def emit(self, record: logging.LogRecord) -> None:
-        arguments: Any = record.args or [None]
-        connection, *error = arguments
+    def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
-            self.connections.add(connection)
+            self.connections.update(record.args)
             if self.lost:
                 log.warning("connected to Kafka again")
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
-            reason = str(*error).rpartition("Error: ")[2]
-            if reason == "socket disconnected" and connection.sasl_enabled:
-                # kafka-python 3.0.12 drops the broker's answer, in _read_from_sock().
-                reason = "authentication failed" if connection.broker_version else reason
-            self.reasons[next((PLAIN[word] for word in PLAIN if word in reason), reason)] = None
+            connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
+            if connection.sasl_enabled and connection.broker_version:  # it was logging in
+                reason = f"authentication failed ({reason})"
+            self.reason = next((PLAIN[words] for words in PLAIN if reason.endswith(words)), reason)
             # One broker of several may go: Kafka is lost with the last connection.
-            connected = any(connection.connected for connection in self.connections)
-            if connection in self.connections and not connected and not self.lost:
-                log.warning("lost the connection to Kafka; trying again until it is back")
+            if connection in self.connections and not any(c.connected for c in self.connections):
+                if not self.lost:
+                    log.warning("lost the connection to Kafka; trying again until it is back")
                 self.lost = True
 
     def give_up(self) -> None:
-        reasons = [reason for reason in self.reasons if "refused" not in reason] or self.reasons
-        text = "; ".join(reasons) or "no answer"
-        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, text)
+        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, self.reason)
         os._exit(1)
 
 
 def connect(client: Any, **settings: Any) -> Any:
     """A connected client. Without one in 10 s it ends the script: the reason, and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    connection_log = ConnectionLog()
-    logging.getLogger("kafka").addHandler(connection_log)
+    logging.getLogger("kafka").addHandler(connection_log := ConnectionLog())
     logging.getLogger("kafka").propagate = False
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
     waiting = threading.Timer(2, log.info, [f"not connected to {BOOTSTRAP_SERVERS} yet"])
@@ -128,6 +112,18 @@ def shown(data: bytes | None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def poll(consumer: KafkaConsumer, rewind: bool) -> Any:
+    """The next events by partition; `rewind`: from where the group has committed."""
+    if rewind:
+        for partition in consumer.assignment():
+            consumer.seek(partition, consumer.committed(partition, timeout_ms=1_000) or 0)
+    if consumer.group_metadata().state == MemberState.REBALANCING:
+        # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets it if
+        # poll() ends before the join: _perform_assignment() clears the cause.
+        consumer._coordinator.request_rejoin()
+    return consumer.poll(timeout_ms=500)
+
+
 def why_none(consumer: KafkaConsumer) -> str:
     try:
         consumer.end_offsets([TopicPartition(TOPIC, 0)], timeout_ms=1_000)
@@ -136,50 +132,33 @@ def why_none(consumer: KafkaConsumer) -> str:
     return "none, others have them"
 
 
-def poll(consumer: KafkaConsumer, rewind: bool) -> dict[Any, list[Any]]:
-    """The next events of each partition held; `rewind`: from where the group has committed."""
-    if rewind:
-        for partition in consumer.assignment():
-            consumer.seek(partition, consumer.committed(partition, timeout_ms=1_000) or 0)
-    if consumer.group_metadata().state == MemberState.REBALANCING:
-        # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets it if
-        # poll() ends before the join: _perform_assignment() clears the cause.
-        consumer._coordinator.request_rejoin()
-    batches: dict[Any, list[Any]] = consumer.poll(timeout_ms=500)
-    return batches
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    log.warning(text)
-
-
 def show_events(consumer: KafkaConsumer) -> None:
     """Until told to stop: prints the events that come, then commits them."""
     said = generation = None
-    joined = 0.0
+    joined, last_error = 0.0, ""
     uncommitted = failed = False
     while not stopping:
         try:
             batches = poll(consumer, rewind=failed)
             failed = False
-            group = consumer.group_metadata()
-            if group.generation_id != generation:
-                generation, joined = group.generation_id, time.monotonic()
-            held = sorted(partition for _, partition in consumer.assignment())
-            # A newcomer gets nothing at first: the others have to give something up for it.
-            settled = held or time.monotonic() - joined > 2
-            if held != said and settled and group.state == MemberState.STABLE:
-                said = held
-                log.info("partitions: %s", ", ".join(map(str, held)) or why_none(consumer))
         except KafkaError as error:
             # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
             # events from its buffer: the positions have moved, but nobody has seen them.
             failed, uncommitted = True, False
-            if not error.retriable:  # the others are a matter of the connection
-                say_once(f"{error}; trying again")
+            if not error.retriable and str(error) != last_error:
+                last_error = str(error)
+                log.warning("%s; trying again", error)
             time.sleep(0.5)
             continue
+        group = consumer.group_metadata()
+        if group.generation_id != generation:
+            generation, joined = group.generation_id, time.monotonic()
+        held = sorted(partition for _, partition in consumer.assignment())
+        # A newcomer gets nothing at first: the others have to give something up for it.
+        settled = held or time.monotonic() - joined > 2
+        if held != said and settled and group.state == MemberState.STABLE:
+            said = held
+            log.info("partitions: %s", ", ".join(map(str, held)) or why_none(consumer))
         for (_, partition), messages in batches.items():
             place = f"partition={partition} offset="
             sys.stdout.writelines(
@@ -193,14 +172,10 @@ def show_events(consumer: KafkaConsumer) -> None:
             if uncommitted:
                 consumer.commit(timeout_ms=1_000)
                 uncommitted = False
-        except CommitFailedError:  # it was held up for longer than max_poll_interval_ms, 5 min
-            log.warning(
-                "held up for too long: the last events are shown again by whoever has them now"
-            )
+        except CommitFailedError:  # no poll() for max_poll_interval_ms, five minutes
+            log.warning("held up for too long: the last events will be shown again")
         except KafkaError:
             pass  # the positions stay: the next commit covers these events as well
-    if uncommitted:
-        log.warning("could not commit the last events: they will be shown again")
 
 
 def main() -> None:
@@ -208,13 +183,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
-    options = parser.parse_args()
-    if not options.group:
+    group = parser.parse_args().group
+    if not group:
         parser.error("--group: a group needs a name")
-
     consumer = connect(
         KafkaConsumer,
-        group_id=options.group,
+        group_id=group,
         auto_offset_reset="earliest",  # where the group has committed nothing: from the start
         enable_auto_commit=False,  # which would commit events not yet shown
         partition_assignment_strategy=[CooperativeStickyAssignor],  # move no more than needed
@@ -226,17 +200,15 @@ def main() -> None:
         max_poll_records=5_000,  # and fewer commits
     )
     consumer.subscribe([TOPIC])
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot show is escaped
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, _: stopping.append(number))
     status = None
     try:
         show_events(consumer)
     except OSError as error:  # what was not printed is not committed
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python flushes it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows
             status = f"cannot write the output: {error.strerror}"
     consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once

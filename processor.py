@@ -8,7 +8,6 @@ KAFKA_BOOTSTRAP_SERVERS in the environment says where Kafka is (default: localho
 
 import argparse
 import errno
-import functools
 import json
 import logging
 import math
@@ -38,21 +37,13 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-PLAIN = {  # what kafka-python says when a connection fails, and what a person needs to know
+PLAIN = {  # what kafka-python says of a connection, in plain words
     "DNS Resolution failure": "host name not known",
-    "ECONNREFUSED": "connection refused; start a broker with `docker compose up -d --wait` or "
-    "`python tests/broker.py`",
-    "socket disconnected": "closed by the other side: is it Kafka, and are the security settings "
-    "the right ones?",
+    "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
+    "socket disconnected": "closed at once; no Kafka there, or other security settings are needed",
 }
 log = logging.getLogger("processor.py")
-stopping = False
-
-
-def stop(*_: object) -> None:
-    """Ctrl-C or SIGTERM: finish the work in hand, then end."""
-    global stopping
-    stopping = True
+stopping: list[int] = []  # the signals that have come, SIGINT or SIGTERM
 
 
 class ConnectionLog(logging.Handler):
@@ -61,41 +52,34 @@ class ConnectionLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.connections: WeakSet[Any] = WeakSet()
-        self.lost = False
-        self.reasons: dict[str, None] = {}  # why connections failed, in order, each once
+        self.lost, self.reason = False, "no answer"
 
-    def emit(self, record: logging.LogRecord) -> None:
-        arguments: Any = record.args or [None]
-        connection, *error = arguments
+    def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
-            self.connections.add(connection)
+            self.connections.update(record.args)
             if self.lost:
                 log.warning("connected to Kafka again")
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
-            reason = str(*error).rpartition("Error: ")[2]
-            if reason == "socket disconnected" and connection.sasl_enabled:
-                # kafka-python 3.0.12 drops the broker's answer, in _read_from_sock().
-                reason = "authentication failed" if connection.broker_version else reason
-            self.reasons[next((PLAIN[word] for word in PLAIN if word in reason), reason)] = None
+            connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
+            if connection.sasl_enabled and connection.broker_version:  # it was logging in
+                reason = f"authentication failed ({reason})"
+            self.reason = next((PLAIN[words] for words in PLAIN if reason.endswith(words)), reason)
             # One broker of several may go: Kafka is lost with the last connection.
-            connected = any(connection.connected for connection in self.connections)
-            if connection in self.connections and not connected and not self.lost:
-                log.warning("lost the connection to Kafka; trying again until it is back")
+            if connection in self.connections and not any(c.connected for c in self.connections):
+                if not self.lost:
+                    log.warning("lost the connection to Kafka; trying again until it is back")
                 self.lost = True
 
     def give_up(self) -> None:
-        reasons = [reason for reason in self.reasons if "refused" not in reason] or self.reasons
-        text = "; ".join(reasons) or "no answer"
-        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, text)
+        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, self.reason)
         os._exit(1)
 
 
 def connect(client: Any, **settings: Any) -> Any:
     """A connected client. Without one in 10 s it ends the script: the reason, and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    connection_log = ConnectionLog()
-    logging.getLogger("kafka").addHandler(connection_log)
+    logging.getLogger("kafka").addHandler(connection_log := ConnectionLog())
     logging.getLogger("kafka").propagate = False
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
     waiting = threading.Timer(2, log.info, [f"not connected to {BOOTSTRAP_SERVERS} yet"])
@@ -157,8 +141,7 @@ class Counts(ConsumerRebalanceListener):
     def __init__(self, consumer: KafkaConsumer) -> None:
         self.consumer = consumer
         self.held: dict[TopicPartition, Held] = {}
-        self.skipped = 0
-        self.last_skipped = ""
+        self.skipped, self.last = 0, ""  # how many malformed events, and where the last one was
 
     def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         for partition in assigned:
@@ -173,11 +156,6 @@ class Counts(ConsumerRebalanceListener):
         self.held[partition] = Held()
         self.consumer.seek_to_beginning(partition)
 
-    def resume(self) -> None:
-        """Goes on after the last event counted."""
-        for partition, held in self.held.items():
-            self.consumer.seek(partition, held.next_offset)
-
     def add(self, partition: TopicPartition, messages: list[Any]) -> None:
         held = self.held[partition]
         if messages[0].offset < held.next_offset:
@@ -188,8 +166,7 @@ class Counts(ConsumerRebalanceListener):
                 held.counts[read_event(message.value)] += 1
             except ValueError as why:
                 self.skipped += 1
-                place = f"partition={message.partition} offset={message.offset}"
-                self.last_skipped = f"{place}: {why}"
+                self.last = f"partition={message.partition} offset={message.offset}: {why}"
         held.next_offset = messages[-1].offset + 1
 
     def still_to_read(self) -> float:
@@ -225,19 +202,17 @@ def as_json(partitions: Iterable[Held]) -> str:
 def share_line(consumer: KafkaConsumer, group: str, settled: bool) -> str:
     """Which partitions are counted, in under 100 columns; empty where more may come soon."""
     held = sorted(partition for _, partition in consumer.assignment())
-    if not (held or settled):
-        return ""
     if not held:
+        if not settled:
+            return ""
         try:
             consumer.end_offsets([TopicPartition(TOPIC, 0)], timeout_ms=1_000)
         except KafkaError:
             return f"counting nothing, waiting: there is no topic {TOPIC}, or no right to read it"
-    others = sorted(consumer.partitions_for_topic(TOPIC).difference(held))
-    if others and not settled:
-        return ""
     counting = f"counting partition{'s' * (len(held) > 1)} {', '.join(map(str, held))}"
-    if not others:
-        return f"{counting}: everything"
+    others = sorted(consumer.partitions_for_topic(TOPIC).difference(held))
+    if not others or not settled:
+        return "" if others else f"{counting}: everything"
     counting = f"{counting} only" if held else "counting nothing"
     everything = f"(everything: --group {'other' if group == 'mine' else 'mine'})"
     line = f"{counting}; others of {group} hold {', '.join(map(str, others))} {everything}"
@@ -257,20 +232,15 @@ def read_on(consumer: KafkaConsumer, counts: Counts) -> float:
     return counts.still_to_read()
 
 
-@functools.cache
-def say_once(text: str) -> None:
-    log.warning(text)
-
-
 def count_events(consumer: KafkaConsumer, counts: Counts, group: str, once: bool) -> None:
     """Counts, and shows the counts, until told to stop or with `once` until it has shown some."""
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
-    printed = said = share = ""
+    printed = said = share = last_error = ""
     generation, joined, skipped = None, 0.0, 0
     next_report = time.monotonic() + 2  # the first counts do not wait for it
     last_round = False
     while not (last_round or (once and printed)):
-        last_round = stopping
+        last_round = bool(stopping)
         try:
             left = read_on(consumer, counts)
             member, now = consumer.group_metadata(), time.monotonic()
@@ -282,9 +252,11 @@ def count_events(consumer: KafkaConsumer, counts: Counts, group: str, once: bool
         except KafkaError as error:
             # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
             # events from its buffer: the positions have moved, but nobody has counted them.
-            counts.resume()
-            if not error.retriable:  # the others are a matter of the connection
-                say_once(f"{error}; trying again")
+            for partition, held in counts.held.items():
+                consumer.seek(partition, held.next_offset)
+            if not error.retriable and str(error) != last_error:
+                last_error = str(error)
+                log.warning("%s; trying again", error)
             time.sleep(0.5)
             continue
         if share and share != said:
@@ -295,20 +267,17 @@ def count_events(consumer: KafkaConsumer, counts: Counts, group: str, once: bool
         next_report = now + 1
         if counts.skipped > skipped:
             skipped = counts.skipped
-            log.warning(
-                "malformed events skipped: %d, the last at %s", skipped, counts.last_skipped
-            )
-        if left:
+            log.warning("malformed events skipped: %d, the last at %s", skipped, counts.last)
+        if 0 < left < math.inf:
             log.info("%s events still to read", f"{left:,.0f}")
-            continue
-        text = as_json(counts.held.values())
+        text = printed if left else as_json(counts.held.values())
         if text != printed and (counts.held or printed):
             print(text, flush=True)
             printed = text
             if terminal and "(everything" in share:
                 log.info(share)  # the counts have scrolled it away
-        # Printing takes less than a tenth of the time, however many users there are.
-        next_report = now + max(1, 15 * (time.monotonic() - now))
+            # Printing takes less than a tenth of the time, however many users there are.
+            next_report = now + max(1, 15 * (time.monotonic() - now))
 
 
 def main() -> None:
@@ -320,7 +289,6 @@ def main() -> None:
     options = parser.parse_args()
     if not options.group:
         parser.error("--group: a group needs a name")
-
     consumer = connect(
         KafkaConsumer,
         group_id=options.group,
@@ -337,14 +305,12 @@ def main() -> None:
     counts = Counts(consumer)
     consumer.subscribe([TOPIC], listener=counts)
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
+        signal.signal(signum, lambda number, _: stopping.append(number))
     status = None
     try:
         count_events(consumer, counts, options.group, options.once)
     except OSError as error:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python flushes it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows
             status = f"cannot write the output: {error.strerror}"
     consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once

@@ -13,13 +13,13 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import signal
 import sys
 import threading
 import time
 import uuid
+from collections import deque
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,10 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-PLAIN = {  # what kafka-python says when a connection fails, and what a person needs to know
+PLAIN = {  # what kafka-python says of a connection, in plain words
     "DNS Resolution failure": "host name not known",
-    "ECONNREFUSED": "connection refused; start a broker with `docker compose up -d --wait` or "
-    "`python tests/broker.py`",
-    "socket disconnected": "closed by the other side: is it Kafka, and are the security settings "
-    "the right ones?",
+    "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
+    "socket disconnected": "closed at once; no Kafka there, or other security settings are needed",
 }
 # The first three users land on partitions 0, 1 and 2 (of three), the others on 0, 1 and 2 again.
 USERS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice", "dave", "carol"]
@@ -50,13 +48,7 @@ ACTIONS = ["view", "click", "add_to_cart", "purchase"]
 MAX_UNCONFIRMED = 10_000  # events; kafka-python would buffer without limit
 
 log = logging.getLogger("producer.py")
-stopping = False
-
-
-def stop(*_: object) -> None:
-    """Ctrl-C or SIGTERM: finish the work in hand, then end."""
-    global stopping
-    stopping = True
+stopping: list[int] = []  # the signals that have come, SIGINT or SIGTERM
 
 
 class ConnectionLog(logging.Handler):
@@ -65,41 +57,34 @@ class ConnectionLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.connections: WeakSet[Any] = WeakSet()
-        self.lost = False
-        self.reasons: dict[str, None] = {}  # why connections failed, in order, each once
+        self.lost, self.reason = False, "no answer"
 
-    def emit(self, record: logging.LogRecord) -> None:
-        arguments: Any = record.args or [None]
-        connection, *error = arguments
+    def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
-            self.connections.add(connection)
+            self.connections.update(record.args)
             if self.lost:
                 log.warning("connected to Kafka again")
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
-            reason = str(*error).rpartition("Error: ")[2]
-            if reason == "socket disconnected" and connection.sasl_enabled:
-                # kafka-python 3.0.12 drops the broker's answer, in _read_from_sock().
-                reason = "authentication failed" if connection.broker_version else reason
-            self.reasons[next((PLAIN[word] for word in PLAIN if word in reason), reason)] = None
+            connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
+            if connection.sasl_enabled and connection.broker_version:  # it was logging in
+                reason = f"authentication failed ({reason})"
+            self.reason = next((PLAIN[words] for words in PLAIN if reason.endswith(words)), reason)
             # One broker of several may go: Kafka is lost with the last connection.
-            connected = any(connection.connected for connection in self.connections)
-            if connection in self.connections and not connected and not self.lost:
-                log.warning("lost the connection to Kafka; trying again until it is back")
+            if connection in self.connections and not any(c.connected for c in self.connections):
+                if not self.lost:
+                    log.warning("lost the connection to Kafka; trying again until it is back")
                 self.lost = True
 
     def give_up(self) -> None:
-        reasons = [reason for reason in self.reasons if "refused" not in reason] or self.reasons
-        text = "; ".join(reasons) or "no answer"
-        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, text)
+        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, self.reason)
         os._exit(1)
 
 
 def connect(client: Any, **settings: Any) -> Any:
     """A connected client. Without one in 10 s it ends the script: the reason, and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    connection_log = ConnectionLog()
-    logging.getLogger("kafka").addHandler(connection_log)
+    logging.getLogger("kafka").addHandler(connection_log := ConnectionLog())
     logging.getLogger("kafka").propagate = False
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
     waiting = threading.Timer(2, log.info, [f"not connected to {BOOTSTRAP_SERVERS} yet"])
@@ -140,7 +125,7 @@ class Deliveries:
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
-        self.results: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
+        self.results: deque[tuple[str, str, Any]] = deque()  # filled by the client's own thread
         self.sent = self.delivered = self.failed = 0
         self.status: str | None = None
 
@@ -152,19 +137,17 @@ class Deliveries:
         self.sent += 1
         try:
             future = producer.send(TOPIC, key=key.encode(), value=value.encode())
-            future.add_both(lambda result: self.results.put((key, value, result)))
+            future.add_both(lambda result: self.results.append((key, value, result)))
         except (KafkaError, TypeError, ValueError) as error:  # the topic has just been deleted
-            self.results.put((key, value, error))
+            self.results.append((key, value, error))
 
     def settle(self, seconds: float) -> None:
-        """Prints the events that Kafka has confirmed by now; waits for the first one so long."""
+        """Prints the events that Kafka has confirmed by now; if there are none, waits so long."""
         lines = []
-        while True:
-            try:
-                key, value, result = self.results.get(timeout=seconds)
-            except queue.Empty:
-                break
-            seconds = 0
+        if not self.results:
+            time.sleep(seconds)
+        while self.results:
+            key, value, result = self.results.popleft()
             if isinstance(result, Exception):
                 if not self.failed:
                     log.error("not delivered: %s", result)
@@ -178,13 +161,10 @@ class Deliveries:
                 sys.stdout.writelines(lines)
                 sys.stdout.flush()
         except OSError as error:  # send no more, but settle what has been sent
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # Python flushes it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
             if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows
                 self.status = f"cannot write the output: {error.strerror}"
-            self.quiet = True
-            stop()
+            stopping.append(0)
 
 
 def send_events(
@@ -228,12 +208,12 @@ def main() -> None:
     try:
         producer.partitions_for(TOPIC)
     except KafkaTimeoutError:
-        how = f"python -m kafka.admin -b {BOOTSTRAP_SERVERS} topics create -t {TOPIC}"
+        how = f"python -m kafka.admin -b {BOOTSTRAP_SERVERS.split(',')[0]} topics create -t {TOPIC}"
         sys.exit(f"there is no topic {TOPIC}; create it with `{how} --num-partitions 3`")
     except KafkaError as error:
         sys.exit(f"no way to write to the topic {TOPIC}: {error}")
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
+        signal.signal(signum, lambda number, _: stopping.append(number))
     events = Deliveries(options.quiet)
     send_events(producer, events, options.count, options.interval)
     deadline = time.monotonic() + 10

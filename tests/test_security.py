@@ -176,7 +176,10 @@ def wrong_ways(secured: SecuredBroker) -> Iterator[tuple[dict[str, str], str]]:
         good | {"KAFKA_SASL_PLAIN_PASSWROD": PASSWORD},
         ("unknown setting KAFKA_SASL_PLAIN_PASSWROD$"),
     )
-    yield {"KAFKA_BOOTSTRAP_SERVERS": secured.sasl}, "closed by the other side: is it Kafka"
+    yield (
+        {"KAFKA_BOOTSTRAP_SERVERS": secured.sasl},
+        "closed at once; no Kafka there, or other security settings are needed",
+    )
     yield good | {"KAFKA_BOOTSTRAP_SERVERS": secured.broker.address}, "Handshake failed: "
     mutual = secured.mutual_settings()
     del mutual["KAFKA_SSL_CERTFILE"], mutual["KAFKA_SSL_KEYFILE"]

@@ -44,8 +44,7 @@ def test_no_broker_is_one_line_and_status_1(
     """Nobody at the address: said within 3 s; after 10 s the reason and what to do."""
     nobody = f"localhost:{free_port()}"
     reasons = {
-        nobody: "connection refused; start a broker with `docker compose up -d --wait` or "
-        "`python tests/broker.py`",
+        nobody: "connection refused; run `docker compose up -d` or `python tests/broker.py`",
         web_server: "no answer",
         silent_server: "no answer",
         "no.such.host.invalid:9092": "host name not known",
