@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from broker import ROOT, Cluster, free_port
+from broker import ROOT, Broker, Cluster, free_port
 from harness import Witness, event
 
 HEAD = """
@@ -297,6 +297,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="also other clients' counting loops")
     parser.add_argument("--growth", action="store_true", help="growth of the cost instead")
     options = parser.parse_args()
+    Broker.java_options = ()
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), [free_port()]) as cluster:
         if options.growth:
             growth(cluster.address, options.events)
