@@ -52,8 +52,8 @@ def test_another_consumer_takes_over_from_a_killed_one(start: Start, witness: Wi
     dead.stop(signal.SIGKILL)
     died = time.monotonic()
     committed = witness.committed()
-    until(settled(witness, 1), "the survivor has all partitions", timeout=30)
-    print(f"taken over after {time.monotonic() - died:.1f} s")
+    until(settled(witness, 1), "the survivor has all partitions", timeout=20)
+    assert time.monotonic() - died > 8  # the session of 10 s began at the last heartbeat
     assert producer.stop() == 0
     everything = {line(message) for message in witness.log()}
     # The dead one's last line may be cut off; it is not among the complete lines.
@@ -128,8 +128,8 @@ def test_ctrl_c_during_an_outage(start: Start, fragile_broker: Broker) -> None:
         until(lambda: LOST in script.err, "it has noticed")
         script.process.send_signal(signal.SIGINT)
     for script in scripts:
-        # Within about 10 s, whatever the broker does; generous for a machine that stumbles.
-        assert script.wait(20) == (1 if script is producer else 0)
+        # Within about 10 s, whatever the broker does; and some for a machine that stumbles.
+        assert script.wait(15) == (1 if script is producer else 0)
         assert_plain(script)
     match = re.fullmatch(r"(\d+) delivered, (\d+) failed", producer.err.splitlines()[-1])
     assert match
