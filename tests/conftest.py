@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from broker import Broker
+from broker import Broker, jars
 from harness import Script, Start, Witness, python, until
 
 # A shell's background jobs start with Ctrl-C ignored, and would hand that on to the scripts.
@@ -18,6 +18,12 @@ QUICK_RETURN = {
     "KAFKA_BROKER_SESSION_TIMEOUT_MS": "1500",
     "KAFKA_BROKER_HEARTBEAT_INTERVAL_MS": "300",
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Downloads Kafka, the first time, before pytest-xdist's workers would do it side by side."""
+    if not hasattr(config, "workerinput"):
+        jars()
 
 
 @pytest.fixture(scope="session")
