@@ -37,6 +37,7 @@ PLAIN = {  # what kafka-python says of a connection, in plain words
     "DNS Resolution failure": "host name not known",
     "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
     "socket disconnected": "closed at once; no Kafka there, or other security settings are needed",
+    "Invalid frame length": "no Kafka there, or other security settings are needed",
 }
 log = logging.getLogger("consumer.py")
 stopping: list[int] = []  # the signals that have come, SIGINT or SIGTERM
@@ -45,10 +46,8 @@ stopping: list[int] = []  # the signals that have come, SIGINT or SIGTERM
 class ConnectionLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.connections: WeakSet[Any] = WeakSet()
-        self.lost, self.reason = False, "no answer"
+    connections: WeakSet[Any] = WeakSet()  # those that ever stood
+    lost, reason = False, "no answer"
 
     def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
@@ -60,7 +59,7 @@ class ConnectionLog(logging.Handler):
             connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
             if connection.sasl_enabled and connection.broker_version:  # it was logging in
                 reason = f"authentication failed ({reason})"
-            self.reason = next((PLAIN[words] for words in PLAIN if reason.endswith(words)), reason)
+            self.reason = next((PLAIN[words] for words in PLAIN if words in reason), reason)
             # One broker of several may go: Kafka is lost with the last connection.
             if connection in self.connections and not any(c.connected for c in self.connections):
                 if not self.lost:

@@ -232,8 +232,8 @@ def growth(address: str, events: int) -> None:
         fill(address, number, 6)
         seconds, megabytes = best_of_three({"one": one})["one"]
         print(f"catch-up, {number:,} events: {seconds:.2f} s, peak {megabytes:.0f} MB", flush=True)
-    both = {"one": one, "two": lambda: two_processors(address, 4 * events)}
-    for name, (seconds, _) in best_of_three(both).items():
+    two = functools.partial(two_processors, address, 4 * events)
+    for name, (seconds, _) in best_of_three({"one": one, "two": two}).items():
         print(f"catch-up, {4 * events:,} events, by {name}: {seconds:.2f} s", flush=True)
     for users in (1_000, 100_000):
         printing = max(flooded(address, users, "processor.py") for _ in range(2))

@@ -235,7 +235,9 @@ class Witness:
 
     def members(self, group: str = GROUP) -> list[list[int]]:
         """The partitions of each member of the group, if its coordinator can already tell."""
-        [described] = self.admin.describe_consumer_groups([group]).values()
+        # Rarely an answer does not come: ask again sooner than after a minute.
+        asked = self.admin.describe_consumer_groups([group], request_timeout=5)
+        [described] = asked.values()
         try:
             members = described.result().members
         except KafkaException:

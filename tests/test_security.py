@@ -168,17 +168,17 @@ def wrong_ways(secured: SecuredBroker) -> Iterator[tuple[dict[str, str], str]]:
     yield good | {"KAFKA_SSL_CAFILE": str(folder / "stranger.pem")}, "certificate verify failed: "
     yield (
         good | {"KAFKA_BOOTSTRAP_SERVERS": secured.sasl.replace("localhost", "127.0.0.1")},
-        ("certificate verify failed: IP address mismatch"),
+        "certificate verify failed: IP address mismatch",
     )
     yield good | {"KAFKA_SSL_CAFILE": "/no/ca.pem"}, "No such file or directory: '/no/ca.pem'"
     yield good | {"KAFKA_SSL_CAFILE": __file__}, "no certificate"
     yield (
         good | {"KAFKA_SASL_PLAIN_PASSWROD": PASSWORD},
-        ("unknown setting KAFKA_SASL_PLAIN_PASSWROD$"),
+        "unknown setting KAFKA_SASL_PLAIN_PASSWROD$",
     )
     yield (
         {"KAFKA_BOOTSTRAP_SERVERS": secured.sasl},
-        "closed at once; no Kafka there, or other security settings are needed",
+        "no Kafka there, or other security settings are needed$",
     )
     yield good | {"KAFKA_BOOTSTRAP_SERVERS": secured.broker.address}, "Handshake failed: "
     mutual = secured.mutual_settings()
