@@ -45,27 +45,28 @@ PLAIN = {  # what kafka-python says of a connection, in plain words
 }
 log = logging.getLogger("processor.py")
 stopping: list[int] = []  # the signals that have come, SIGINT or SIGTERM
+connections: WeakSet[Any] = WeakSet()  # those that ever stood, one or more to each broker
 
 
 class ConnectionLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    connections: WeakSet[Any] = WeakSet()  # those that ever stood
     lost, reason = False, "no answer"
 
     def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
-            self.connections.update(record.args)
+            connections.update(record.args)
             if self.lost:
                 log.warning("connected to Kafka again")
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
             connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
             if connection.sasl_enabled and connection.broker_version:  # it was logging in
-                reason = f"authentication failed ({reason})"
-            self.reason = next((PLAIN[words] for words in PLAIN if words in reason), reason)
+                self.reason = f"authentication failed ({reason})"
+            else:
+                self.reason = next((PLAIN[words] for words in PLAIN if words in reason), reason)
             # One broker of several may go: Kafka is lost with the last connection.
-            if connection in self.connections and not any(c.connected for c in self.connections):
+            if connection in connections and not any(c.connected for c in connections):
                 if not self.lost:
                     log.warning("lost the connection to Kafka; trying again until it is back")
                 self.lost = True

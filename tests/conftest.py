@@ -2,12 +2,13 @@
 
 import contextlib
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from broker import Broker, jars
+from broker import Broker, version
 from harness import Script, Start, Witness, python, until
 
 # A shell's background jobs start with Ctrl-C ignored, and would hand that on to the scripts.
@@ -21,9 +22,22 @@ QUICK_RETURN = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Downloads Kafka, the first time, before pytest-xdist's workers would do it side by side."""
-    if not hasattr(config, "workerinput"):
-        jars()
+    """Has Java keep the classes that a broker loads: the others start in half the time (JEP 514).
+
+    So Kafka is downloaded before pytest-xdist's workers start, which find the file.
+    """
+    assert config.cache is not None
+    classes = config.cache.mkdir("kafka") / f"{version()}.aot"
+    if not classes.exists():
+        new = classes.with_suffix(".new")
+        with tempfile.TemporaryDirectory() as folder:
+            broker = Broker(Path(folder))
+            broker.configure()
+            broker.java_options = (*Broker.java_options, f"-XX:AOTCacheOutput={new}")
+            broker.start()
+            broker.stop()
+        new.rename(classes)
+    Broker.java_options = (*Broker.java_options, f"-XX:AOTCache={classes}")
 
 
 @pytest.fixture(scope="session")
