@@ -265,7 +265,7 @@ def test_two_processors_add_up_while_one_joins_and_one_leaves(
     start: Start, witness: Witness
 ) -> None:
     produce(start, 3000)
-    producer = start("producer.py", "--interval", "0.002", "--quiet")
+    producer = start("producer.py", "--interval", "0.01", "--quiet")
     first = start("processor.py")
     until(lambda: first.snapshots, "the first counts")
     second = start("processor.py")

@@ -123,7 +123,7 @@ def test_nothing_to_send(start: Start, witness: Witness) -> None:
 def test_a_reader_that_leaves_ends_the_script(
     arguments: str, start: Start, witness: Witness
 ) -> None:
-    start("producer.py", "--interval", "0.001", "--quiet")
+    start("producer.py", "--interval", "0.01", "--quiet")
     pipeline = f"{shlex.join(python(*arguments.split()))} | head -1; echo status ${{PIPESTATUS[0]}}"
     script = start(command=["bash", "-c", pipeline])
     assert script.wait() == 0
@@ -157,7 +157,7 @@ def test_output_that_cannot_be_written_is_one_line_and_status_1(
 def test_a_signal_ends_all_cleanly_and_they_leave_the_group(
     signum: int, start: Start, witness: Witness
 ) -> None:
-    producer = start("producer.py", "--interval", "0.001")
+    producer = start("producer.py", "--interval", "0.01")
     consumer, processor = start("consumer.py"), start("processor.py")
     until(lambda: consumer.lines and processor.snapshots, "all are at work")
     for script in (producer, consumer, processor):

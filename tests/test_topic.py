@@ -116,7 +116,7 @@ def test_the_topic_is_replaced_at_once(start: Start, witness: Witness) -> None:
 
 
 def test_a_running_producer_outlives_the_topic(start: Start, witness: Witness) -> None:
-    producer = start("producer.py", "--interval", "0.005")
+    producer = start("producer.py", "--interval", "0.01")
     consumer, processor = start("consumer.py"), start("processor.py", "--group", "counting")
     until(lambda: len(producer.lines) > 100, "it is at it")
     until(lambda: processor.snapshots and consumer.lines, "all are at work")
