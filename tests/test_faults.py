@@ -137,8 +137,7 @@ def test_ctrl_c_during_an_outage(start: Start, fragile_broker: Broker) -> None:
     assert int(match[2]) > 0
 
 
-def test_members_come_and_go_and_crash_at_random(start: Start, fragile_broker: Broker) -> None:
-    witness = Witness(fragile_broker.address)
+def test_members_come_and_go_and_crash_at_random(start: Start, witness: Witness) -> None:
     dice = random.Random(20261123)
     producer = start("producer.py", "--interval", "0.02")
     members = [start("consumer.py"), start("processor.py")]
@@ -181,8 +180,8 @@ def test_members_come_and_go_and_crash_at_random(start: Start, fragile_broker: B
 def test_an_interrupted_producer_accounts_for_every_event(start: Start, witness: Witness) -> None:
     dice = random.Random(4)
     runs = []
-    for number in range(8):
-        interval = ("0", "0", "0.001", "0.05")[number % 4]
+    for number in range(4):
+        interval = ("0", "0", "0.001", "0.05")[number]
         producer = start("producer.py", "--interval", interval)
         until(lambda: producer.lines, "it is at it")
         time.sleep(dice.uniform(0, 0.5))

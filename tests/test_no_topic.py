@@ -4,25 +4,23 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from broker import Broker
 from harness import Start, Witness, assert_plain, produce, until
 
 ABSENT = "waiting: there is no topic events, or no right to read it"
+pytestmark = pytest.mark.xdist_group("no topic")  # one worker, and so one broker
 
 
-@pytest.fixture
-def fragile_broker(tmp_path: Path) -> Iterator[Broker]:
-    folder = tmp_path / "broker"
-    folder.mkdir()
-    with Broker(folder, environment={"KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false"}) as broker:
+@pytest.fixture(scope="module")
+def lasting_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    environment = {"KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false"}
+    with Broker(tmp_path_factory.mktemp("broker"), environment=environment) as broker:
         yield broker
 
 
-def test_the_topic_comes_late(start: Start, fragile_broker: Broker) -> None:
-    witness = Witness(fragile_broker.address)
+def test_the_topic_comes_late(start: Start, witness: Witness) -> None:
     readers = [start("consumer.py"), start("processor.py", "--group", "counting")]
     producer = start("producer.py")
     assert producer.wait(30) == 1
@@ -50,7 +48,7 @@ def test_the_topic_comes_late(start: Start, fragile_broker: Broker) -> None:
         assert reader.err.count(ABSENT) == 1
 
 
-def test_a_signal_ends_the_wait_for_the_topic(start: Start, fragile_broker: Broker) -> None:
+def test_a_signal_ends_the_wait_for_the_topic(start: Start, broker: Broker) -> None:
     producer = start("producer.py")
     until(producer.connected, "it is connected")
     assert producer.stop(timeout=9) in (-2, 1)  # at once, and not after its ten seconds

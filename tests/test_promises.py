@@ -13,6 +13,8 @@ import pytest
 from broker import Broker, free_port
 from harness import Proxy, Start, Witness, add, count, event, line, python, settled, shown, until
 
+pytestmark = pytest.mark.xdist_group("proxied")  # one worker, and so one broker
+
 # API keys: Kafka's numbers for the kinds of request.
 PRODUCE, FETCH, SYNC_GROUP, OFFSET_FOR_LEADER_EPOCH = 0, 1, 14, 23
 

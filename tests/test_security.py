@@ -35,6 +35,7 @@ from harness import (
     until,
 )
 
+pytestmark = pytest.mark.xdist_group("secured")  # one worker, and so one broker
 PASSWORD = "correct-horse"
 PLAIN_USERS = f'user_plain="{PASSWORD}" user_nobody="{PASSWORD}"'
 
