@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import psutil
 from broker import ROOT
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
@@ -203,8 +203,20 @@ class Witness:
         return [len(p.isrs if in_sync else p.replicas) for _, p in sorted(partitions.items())]
 
     def create(self, partitions: int, **config: str) -> None:
+        """A new topic, instead of one that a client has just created by asking for it."""
+
+        def created() -> bool:
+            try:
+                self.admin.create_topics([topic])[TOPIC].result()
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                    raise
+                self.delete()
+                return False
+            return True
+
         topic = NewTopic(TOPIC, partitions, 1, config=config)
-        self.admin.create_topics([topic])[TOPIC].result()
+        until(created, "the topic is created")
         until(lambda: len(self.partitions()) == partitions, "the topic is there")
 
     def delete(self) -> None:
