@@ -6,15 +6,15 @@ python consumer.py --group mine   the first member of another group: it gets eve
 KAFKA_BOOTSTRAP_SERVERS in the environment says where Kafka is (default: localhost:9092).
 """
 
-import argparse
 import errno
 import io
 import logging
 import os
 import signal
 import sys
-import threading
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -33,11 +33,11 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-PLAIN = {  # what kafka-python says of a connection, in plain words
+OTHER = "no Kafka there, or other security settings are needed"
+REASONS = {  # what kafka-python says of a connection that fails, in plain words
     "DNS Resolution failure": "host name not known",
     "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
-    "socket disconnected": "closed at once; no Kafka there, or other security settings are needed",
-    "Invalid frame length": "no Kafka there, or other security settings are needed",
+    **dict.fromkeys(("socket disconnected", "EOF occurred", "Invalid frame length"), OTHER),
 }
 log = logging.getLogger("consumer.py")
 stopping: list[int] = []  # the signals that have come, SIGINT or SIGTERM
@@ -47,29 +47,23 @@ connections: WeakSet[Any] = WeakSet()  # those that ever stood, one or more to e
 class ConnectionLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    lost, reason = False, "no answer"
+    reason, lost = "no answer", False
 
     def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
             connections.update(record.args)
             if self.lost:
-                log.warning("connected to Kafka again")
+                log.info("connected to Kafka again")
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
             connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
-            if connection.sasl_enabled and connection.broker_version:  # it was logging in
+            self.reason = next((REASONS[words] for words in REASONS if words in reason), reason)
+            if connection.broker_version:  # it had found Kafka, and was logging in
                 self.reason = f"authentication failed ({reason})"
-            else:
-                self.reason = next((PLAIN[words] for words in PLAIN if words in reason), reason)
             # One broker of several may go: Kafka is lost with the last connection.
             if connection in connections and not any(c.connected for c in connections):
-                if not self.lost:
-                    log.warning("lost the connection to Kafka; trying again until it is back")
                 self.lost = True
-
-    def give_up(self) -> None:
-        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, self.reason)
-        os._exit(1)
+                log.info("lost the connection to Kafka; trying again until it is back")
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -78,28 +72,27 @@ def connect(client: Any, **settings: Any) -> Any:
     logging.getLogger("kafka").addHandler(connection_log := ConnectionLog())
     logging.getLogger("kafka").propagate = False
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
-    waiting = threading.Timer(2, log.info, [f"not connected to {BOOTSTRAP_SERVERS} yet"])
-    giving_up = threading.Timer(10, connection_log.give_up)
-    try:
-        for name, value in SECURITY.items():
-            if name not in client.DEFAULT_CONFIG:
-                raise ValueError(f"unknown setting KAFKA_{name.upper()}")
-            if name.endswith("file"):
-                Path(value).stat()  # kafka-python says that a file is missing, not which
-        waiting.start()
-        giving_up.start()
-        return client(
-            bootstrap_servers=BOOTSTRAP_SERVERS,
-            client_id=log.name,  # tells the members of a group apart from outside
-            reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
-            **SECURITY,
-            **settings,
-        )
-    except (KafkaError, OSError, ValueError) as error:
-        sys.exit(f"no connection to Kafka at {BOOTSTRAP_SERVERS}: {error}")
-    finally:
-        waiting.cancel()
-        giving_up.cancel()
+    for name, value in SECURITY.items():
+        if name not in client.DEFAULT_CONFIG:  # the client would show it with its value
+            sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
+        if name.endswith("file") and not Path(value).exists():  # and would not say which file
+            sys.exit(f"no connection to Kafka: no such file: {value}")
+    connecting = ThreadPoolExecutor().submit(
+        client,
+        bootstrap_servers=BOOTSTRAP_SERVERS,
+        client_id=log.name,  # tells the members of a group apart from outside
+        reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
+        **SECURITY,
+        **settings,
+    )
+    if wait([connecting], timeout=2).not_done:
+        log.info("not connected to %s yet", BOOTSTRAP_SERVERS)
+    wait([connecting], timeout=8)
+    error = connecting.exception() if connecting.done() else connection_log.reason
+    if error:
+        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
+        os._exit(1)
+    return connecting.result()
 
 
 def shown(data: bytes | None) -> str:
@@ -112,6 +105,14 @@ def shown(data: bytes | None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def why_none(consumer: KafkaConsumer) -> str:
+    try:
+        consumer.end_offsets([TopicPartition(TOPIC, 0)], timeout_ms=1_000)
+    except KafkaError:
+        return f"none, waiting: there is no topic {TOPIC}, or no right to read it"
+    return "none, others have them"
+
+
 def poll(consumer: KafkaConsumer, rewind: bool) -> Any:
     """The next events by partition; `rewind`: from where the group has committed."""
     if rewind:
@@ -122,14 +123,6 @@ def poll(consumer: KafkaConsumer, rewind: bool) -> Any:
         # poll() ends before the join: _perform_assignment() clears the cause.
         consumer._coordinator.request_rejoin()
     return consumer.poll(timeout_ms=500)
-
-
-def why_none(consumer: KafkaConsumer) -> str:
-    try:
-        consumer.end_offsets([TopicPartition(TOPIC, 0)], timeout_ms=1_000)
-    except KafkaError:
-        return f"none, waiting: there is no topic {TOPIC}, or no right to read it"
-    return "none, others have them"
 
 
 def show_events(consumer: KafkaConsumer) -> None:
@@ -179,9 +172,7 @@ def show_events(consumer: KafkaConsumer) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
     group = parser.parse_args().group
     if not group:

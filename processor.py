@@ -6,7 +6,6 @@ python processor.py --group mine   a member of a group of its own: counts everyt
 KAFKA_BOOTSTRAP_SERVERS in the environment says where Kafka is (default: localhost:9092).
 """
 
-import argparse
 import errno
 import json
 import logging
@@ -14,16 +13,17 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition
+from kafka import KafkaConsumer, TopicPartition
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import KafkaError
 from kafka.structs import MemberState
@@ -37,11 +37,11 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-PLAIN = {  # what kafka-python says of a connection, in plain words
+OTHER = "no Kafka there, or other security settings are needed"
+REASONS = {  # what kafka-python says of a connection that fails, in plain words
     "DNS Resolution failure": "host name not known",
     "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
-    "socket disconnected": "closed at once; no Kafka there, or other security settings are needed",
-    "Invalid frame length": "no Kafka there, or other security settings are needed",
+    **dict.fromkeys(("socket disconnected", "EOF occurred", "Invalid frame length"), OTHER),
 }
 log = logging.getLogger("processor.py")
 stopping: list[int] = []  # the signals that have come, SIGINT or SIGTERM
@@ -51,29 +51,23 @@ connections: WeakSet[Any] = WeakSet()  # those that ever stood, one or more to e
 class ConnectionLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    lost, reason = False, "no answer"
+    reason, lost = "no answer", False
 
     def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
             connections.update(record.args)
             if self.lost:
-                log.warning("connected to Kafka again")
+                log.info("connected to Kafka again")
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
             connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
-            if connection.sasl_enabled and connection.broker_version:  # it was logging in
+            self.reason = next((REASONS[words] for words in REASONS if words in reason), reason)
+            if connection.broker_version:  # it had found Kafka, and was logging in
                 self.reason = f"authentication failed ({reason})"
-            else:
-                self.reason = next((PLAIN[words] for words in PLAIN if words in reason), reason)
             # One broker of several may go: Kafka is lost with the last connection.
             if connection in connections and not any(c.connected for c in connections):
-                if not self.lost:
-                    log.warning("lost the connection to Kafka; trying again until it is back")
                 self.lost = True
-
-    def give_up(self) -> None:
-        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, self.reason)
-        os._exit(1)
+                log.info("lost the connection to Kafka; trying again until it is back")
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -82,28 +76,27 @@ def connect(client: Any, **settings: Any) -> Any:
     logging.getLogger("kafka").addHandler(connection_log := ConnectionLog())
     logging.getLogger("kafka").propagate = False
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
-    waiting = threading.Timer(2, log.info, [f"not connected to {BOOTSTRAP_SERVERS} yet"])
-    giving_up = threading.Timer(10, connection_log.give_up)
-    try:
-        for name, value in SECURITY.items():
-            if name not in client.DEFAULT_CONFIG:
-                raise ValueError(f"unknown setting KAFKA_{name.upper()}")
-            if name.endswith("file"):
-                Path(value).stat()  # kafka-python says that a file is missing, not which
-        waiting.start()
-        giving_up.start()
-        return client(
-            bootstrap_servers=BOOTSTRAP_SERVERS,
-            client_id=log.name,  # tells the members of a group apart from outside
-            reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
-            **SECURITY,
-            **settings,
-        )
-    except (KafkaError, OSError, ValueError) as error:
-        sys.exit(f"no connection to Kafka at {BOOTSTRAP_SERVERS}: {error}")
-    finally:
-        waiting.cancel()
-        giving_up.cancel()
+    for name, value in SECURITY.items():
+        if name not in client.DEFAULT_CONFIG:  # the client would show it with its value
+            sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
+        if name.endswith("file") and not Path(value).exists():  # and would not say which file
+            sys.exit(f"no connection to Kafka: no such file: {value}")
+    connecting = ThreadPoolExecutor().submit(
+        client,
+        bootstrap_servers=BOOTSTRAP_SERVERS,
+        client_id=log.name,  # tells the members of a group apart from outside
+        reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
+        **SECURITY,
+        **settings,
+    )
+    if wait([connecting], timeout=2).not_done:
+        log.info("not connected to %s yet", BOOTSTRAP_SERVERS)
+    wait([connecting], timeout=8)
+    error = connecting.exception() if connecting.done() else connection_log.reason
+    if error:
+        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
+        os._exit(1)
+    return connecting.result()
 
 
 def read_event(value: bytes | None) -> tuple[str, str]:
@@ -124,69 +117,71 @@ def read_event(value: bytes | None) -> tuple[str, str]:
 
 @dataclass
 class Held:
-    """What is known of a partition that this processor holds."""
+    """A partition that this processor holds."""
 
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    log_end: int  # when it was given
     next_offset: int = 0  # of the event to count next
-    log_end: int | None = None  # of the log when the partition was given, as soon as that is known
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
-class Counts(ConsumerRebalanceListener):
-    """The counts of each partition held; the log is their only state.
-
-    kafka-python calls on_partitions_... on a thread of its own, but only while poll() or close()
-    waits for it, so nothing here needs a lock. They must not block.
-    """
+class Counts:
+    """The counts of each partition held; the log is their only state."""
 
     def __init__(self, consumer: KafkaConsumer) -> None:
         self.consumer = consumer
         self.held: dict[TopicPartition, Held] = {}
+        self.member: Any = None  # its place in the group; None while that may be changing
+        self.since = 0.0  # the last change
         self.skipped, self.last = 0, ""  # how many malformed events, and where the last one was
 
-    def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        for partition in assigned:
-            self.start(partition)
+    def read_on(self) -> float:
+        """Counts the next events. Returns how many are left of those that the log held at first."""
+        if self.consumer.group_metadata().state == MemberState.REBALANCING:
+            # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets it
+            # if poll() ends before the join: _perform_assignment() clears the cause.
+            self.consumer._coordinator.request_rejoin()
+        polled = self.consumer.poll(timeout_ms=250)
+        member = self.consumer.group_metadata()
+        if member != self.member:  # after a rebalance, what was polled may start anywhere
+            self.member, self.since = None, time.monotonic()
+            if member.state == MemberState.STABLE:
+                self.take_over()
+                self.member = member
+            return math.inf
+        left = 0.0
+        for partition, held in self.held.items():
+            messages = polled.get(partition, [])
+            if messages:
+                position = messages[0].offset
+            else:  # not the last offset counted: retention and compaction leave gaps
+                position = self.consumer.position(partition, timeout_ms=0)
+            if position is None:  # it is being looked up
+                left = math.inf
+            elif position < held.next_offset:  # the topic was deleted and created anew
+                self.held, self.member = {}, None
+                return math.inf
+            else:
+                self.add(held, messages)
+                left += max(0, held.log_end - max(position, held.next_offset))
+        return left
 
-    def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        for partition in revoked:
-            del self.held[partition]
+    def take_over(self) -> None:
+        """Goes on where it was in the partitions that it keeps, and starts the new ones at 0."""
+        assignment = self.consumer.assignment()
+        ends = self.consumer.end_offsets(assignment, timeout_ms=1_000)
+        self.held = {p: self.held.get(p) or Held(log_end=ends[p]) for p in assignment}
+        for partition, held in self.held.items():
+            self.consumer.seek(partition, held.next_offset)
 
-    def start(self, partition: TopicPartition) -> None:
-        """Counts the partition from its first event on."""
-        self.held[partition] = Held()
-        self.consumer.seek_to_beginning(partition)
-
-    def add(self, partition: TopicPartition, messages: list[Any]) -> None:
-        held = self.held[partition]
-        if messages[0].offset < held.next_offset:
-            self.start(partition)  # the topic was deleted and created anew
-            return
+    def add(self, held: Held, messages: list[Any]) -> None:
         for message in messages:
             try:
                 held.counts[read_event(message.value)] += 1
             except ValueError as why:
                 self.skipped += 1
                 self.last = f"partition={message.partition} offset={message.offset}: {why}"
-        held.next_offset = messages[-1].offset + 1
-
-    def still_to_read(self) -> float:
-        """How many events the log held, when it gave the partitions, that are not counted yet."""
-        new = [partition for partition, held in self.held.items() if held.log_end is None]
-        if new:
-            for partition, end in self.consumer.end_offsets(new, timeout_ms=1_000).items():
-                self.held[partition].log_end = end
-        left = 0.0
-        for partition, held in self.held.items():
-            # Not the last offset counted: retention and compaction leave gaps.
-            position = self.consumer.position(partition, timeout_ms=0)
-            if position is None or held.log_end is None:
-                left = math.inf  # its beginning is being looked up
-            elif position < held.next_offset:
-                self.start(partition)  # as in add(), but the new log has nothing to read
-                left = math.inf
-            else:
-                left += max(0, held.log_end - position)
-        return left
+        if messages:
+            held.next_offset = messages[-1].offset + 1
 
 
 def as_json(partitions: Iterable[Held]) -> str:
@@ -221,39 +216,26 @@ def share_line(consumer: KafkaConsumer, group: str, settled: bool) -> str:
     return line
 
 
-def read_on(consumer: KafkaConsumer, counts: Counts) -> float:
-    """Counts the next events; returns how many are left of those that the log held at first."""
-    if consumer.group_metadata().state == MemberState.REBALANCING:
-        # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets it if
-        # poll() ends before the join: _perform_assignment() clears the cause.
-        consumer._coordinator.request_rejoin()
-    for partition, messages in consumer.poll(timeout_ms=250).items():
-        counts.add(partition, messages)
-    return counts.still_to_read()
-
-
-def count_events(consumer: KafkaConsumer, counts: Counts, group: str, once: bool) -> None:
+def count_events(counts: Counts, group: str, once: bool) -> None:
     """Counts, and shows the counts, until told to stop or with `once` until it has shown some."""
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
     printed = said = share = last_error = ""
-    generation, joined, skipped = None, 0.0, 0
+    since, skipped = 0.0, 0
     next_report = time.monotonic() + 2  # the first counts do not wait for it
     last_round = False
     while not (last_round or (once and printed)):
         last_round = bool(stopping)
         try:
-            left = read_on(consumer, counts)
-            member, now = consumer.group_metadata(), time.monotonic()
-            if member.generation_id != generation:
-                generation, joined, share = member.generation_id, now, ""
-            # A newcomer gets nothing at first: the others have to give something up for it.
-            settled = member.state == MemberState.STABLE and now - joined > 2
-            share = share or share_line(consumer, group, settled)
+            left, now = counts.read_on(), time.monotonic()
+            if counts.since != since:
+                since, share = counts.since, ""
+            if counts.member and not share:
+                # A newcomer gets nothing at first: the others have to give something up for it.
+                share = share_line(counts.consumer, group, settled=now - since > 2)
         except KafkaError as error:
             # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
             # events from its buffer: the positions have moved, but nobody has counted them.
-            for partition, held in counts.held.items():
-                consumer.seek(partition, held.next_offset)
+            counts.member = None
             if not error.retriable and str(error) != last_error:
                 last_error = str(error)
                 log.warning("%s; trying again", error)
@@ -281,9 +263,7 @@ def count_events(consumer: KafkaConsumer, counts: Counts, group: str, once: bool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="show the counts once, and end")
     options = parser.parse_args()
@@ -302,13 +282,12 @@ def main() -> None:
         fetch_max_wait_ms=100,  # a partition read to its end holds up the others no longer
         max_poll_records=5_000,  # so many events are counted between two looks at the rest
     )
-    counts = Counts(consumer)
-    consumer.subscribe([TOPIC], listener=counts)
+    consumer.subscribe([TOPIC])
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, _: stopping.append(number))
     status = None
     try:
-        count_events(consumer, counts, options.group, options.once)
+        count_events(Counts(consumer), options.group, options.once)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows

@@ -7,7 +7,6 @@ KAFKA_BOOTSTRAP_SERVERS in the environment says where Kafka is (default: localho
 An event that Kafka has not confirmed after 120 s has failed; that ends the run, with status 1.
 """
 
-import argparse
 import errno
 import json
 import logging
@@ -16,10 +15,11 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 import uuid
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,11 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-PLAIN = {  # what kafka-python says of a connection, in plain words
+OTHER = "no Kafka there, or other security settings are needed"
+REASONS = {  # what kafka-python says of a connection that fails, in plain words
     "DNS Resolution failure": "host name not known",
     "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
-    "socket disconnected": "closed at once; no Kafka there, or other security settings are needed",
-    "Invalid frame length": "no Kafka there, or other security settings are needed",
+    **dict.fromkeys(("socket disconnected", "EOF occurred", "Invalid frame length"), OTHER),
 }
 # The first three users land on partitions 0, 1 and 2 (of three), the others on 0, 1 and 2 again.
 USERS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice", "dave", "carol"]
@@ -56,29 +56,23 @@ connections: WeakSet[Any] = WeakSet()  # those that ever stood, one or more to e
 class ConnectionLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    lost, reason = False, "no answer"
+    reason, lost = "no answer", False
 
     def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
             connections.update(record.args)
             if self.lost:
-                log.warning("connected to Kafka again")
+                log.info("connected to Kafka again")
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
             connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
-            if connection.sasl_enabled and connection.broker_version:  # it was logging in
+            self.reason = next((REASONS[words] for words in REASONS if words in reason), reason)
+            if connection.broker_version:  # it had found Kafka, and was logging in
                 self.reason = f"authentication failed ({reason})"
-            else:
-                self.reason = next((PLAIN[words] for words in PLAIN if words in reason), reason)
             # One broker of several may go: Kafka is lost with the last connection.
             if connection in connections and not any(c.connected for c in connections):
-                if not self.lost:
-                    log.warning("lost the connection to Kafka; trying again until it is back")
                 self.lost = True
-
-    def give_up(self) -> None:
-        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, self.reason)
-        os._exit(1)
+                log.info("lost the connection to Kafka; trying again until it is back")
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -87,28 +81,27 @@ def connect(client: Any, **settings: Any) -> Any:
     logging.getLogger("kafka").addHandler(connection_log := ConnectionLog())
     logging.getLogger("kafka").propagate = False
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
-    waiting = threading.Timer(2, log.info, [f"not connected to {BOOTSTRAP_SERVERS} yet"])
-    giving_up = threading.Timer(10, connection_log.give_up)
-    try:
-        for name, value in SECURITY.items():
-            if name not in client.DEFAULT_CONFIG:
-                raise ValueError(f"unknown setting KAFKA_{name.upper()}")
-            if name.endswith("file"):
-                Path(value).stat()  # kafka-python says that a file is missing, not which
-        waiting.start()
-        giving_up.start()
-        return client(
-            bootstrap_servers=BOOTSTRAP_SERVERS,
-            client_id=log.name,  # tells the members of a group apart from outside
-            reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
-            **SECURITY,
-            **settings,
-        )
-    except (KafkaError, OSError, ValueError) as error:
-        sys.exit(f"no connection to Kafka at {BOOTSTRAP_SERVERS}: {error}")
-    finally:
-        waiting.cancel()
-        giving_up.cancel()
+    for name, value in SECURITY.items():
+        if name not in client.DEFAULT_CONFIG:  # the client would show it with its value
+            sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
+        if name.endswith("file") and not Path(value).exists():  # and would not say which file
+            sys.exit(f"no connection to Kafka: no such file: {value}")
+    connecting = ThreadPoolExecutor().submit(
+        client,
+        bootstrap_servers=BOOTSTRAP_SERVERS,
+        client_id=log.name,  # tells the members of a group apart from outside
+        reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
+        **SECURITY,
+        **settings,
+    )
+    if wait([connecting], timeout=2).not_done:
+        log.info("not connected to %s yet", BOOTSTRAP_SERVERS)
+    wait([connecting], timeout=8)
+    error = connecting.exception() if connecting.done() else connection_log.reason
+    if error:
+        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
+        os._exit(1)
+    return connecting.result()
 
 
 def random_event() -> dict[str, str]:
@@ -184,9 +177,7 @@ def send_events(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, metavar="N", help="end after N events")
     parser.add_argument(
         "--interval", type=float, default=1.0, metavar="SECONDS", help="(default: 1; 0: no pause)"

@@ -171,7 +171,7 @@ def wrong_ways(secured: SecuredBroker) -> Iterator[tuple[dict[str, str], str]]:
         good | {"KAFKA_BOOTSTRAP_SERVERS": secured.sasl.replace("localhost", "127.0.0.1")},
         "certificate verify failed: IP address mismatch",
     )
-    yield good | {"KAFKA_SSL_CAFILE": "/no/ca.pem"}, "No such file or directory: '/no/ca.pem'"
+    yield good | {"KAFKA_SSL_CAFILE": "/no/ca.pem"}, "no such file: /no/ca.pem$"
     yield good | {"KAFKA_SSL_CAFILE": __file__}, "no certificate"
     yield (
         good | {"KAFKA_SASL_PLAIN_PASSWROD": PASSWORD},
@@ -181,7 +181,10 @@ def wrong_ways(secured: SecuredBroker) -> Iterator[tuple[dict[str, str], str]]:
         {"KAFKA_BOOTSTRAP_SERVERS": secured.sasl},
         "no Kafka there, or other security settings are needed$",
     )
-    yield good | {"KAFKA_BOOTSTRAP_SERVERS": secured.broker.address}, "Handshake failed: "
+    yield (
+        good | {"KAFKA_BOOTSTRAP_SERVERS": secured.broker.address},
+        "no Kafka there, or other security settings are needed$",
+    )
     mutual = secured.mutual_settings()
     del mutual["KAFKA_SSL_CERTFILE"], mutual["KAFKA_SSL_KEYFILE"]
     yield mutual, "certificate required"
@@ -198,9 +201,9 @@ def test_every_wrong_way_has_its_reason(name: str, start: Start, secured: Secure
         assert script.out == ""
         *early, last = script.err.splitlines()
         assert early in ([], [f"not connected to {address} yet"])
-        assert re.match(f"no connection to Kafka at {address}: .*{reason}", last, re.IGNORECASE), (
-            last
-        )
+        tried = not re.match("no such file|unknown setting", reason)
+        where = f" at {address}" if tried else ""
+        assert re.match(f"no connection to Kafka{where}: .*{reason}", last, re.IGNORECASE), last
         for nowhere in ("docker", "broker.py", PASSWORD, "Traceback"):
             assert nowhere not in script.err
 
