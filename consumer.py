@@ -7,7 +7,6 @@ KAFKA_BOOTSTRAP_SERVERS in the environment says where Kafka is (default: localho
 """
 
 import errno
-import io
 import logging
 import os
 import signal
@@ -17,11 +16,15 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaConsumer
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import CommitFailedError, KafkaError
+from kafka.errors import (
+    CommitFailedError,
+    CorruptRecordError,
+    KafkaError,
+    UnsupportedCodecError,
+)
 from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
@@ -37,17 +40,20 @@ OTHER = "no Kafka there, or other security settings are needed"
 REASONS = {  # what kafka-python says of a connection that fails, in plain words
     "DNS Resolution failure": "host name not known",
     "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
-    **dict.fromkeys(("socket disconnected", "EOF occurred", "Invalid frame length"), OTHER),
+    "socket disconnected": OTHER,
+    "EOF occurred": OTHER,
+    "Invalid frame length": OTHER,
 }
 log = logging.getLogger("consumer.py")
-stopping: list[int] = []  # the signals that have come, SIGINT or SIGTERM
-connections: WeakSet[Any] = WeakSet()  # those that ever stood, one or more to each broker
+stopping: list[int] = []  # not empty: told to stop
+connections: set[Any] = set()  # those that stand, one or more to each broker
 
 
 class ConnectionLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    reason, lost = "no answer", False
+    reason = "no answer"
+    lost: bool | None = None  # None: not connected yet
 
     def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
@@ -61,9 +67,10 @@ class ConnectionLog(logging.Handler):
             if connection.broker_version:  # it had found Kafka, and was logging in
                 self.reason = f"authentication failed ({reason})"
             # One broker of several may go: Kafka is lost with the last connection.
-            if connection in connections and not any(c.connected for c in connections):
+            connections.difference_update([c for c in connections if not c.connected])
+            if self.lost is False and not connections:
                 self.lost = True
-                log.info("lost the connection to Kafka; trying again until it is back")
+                log.info("lost the connection to Kafka (%s); trying again until it is back", reason)
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -77,6 +84,7 @@ def connect(client: Any, **settings: Any) -> Any:
             sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
         if name.endswith("file") and not Path(value).exists():  # and would not say which file
             sys.exit(f"no connection to Kafka: no such file: {value}")
+    # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
         bootstrap_servers=BOOTSTRAP_SERVERS,
@@ -105,14 +113,6 @@ def shown(data: bytes | None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def why_none(consumer: KafkaConsumer) -> str:
-    try:
-        consumer.end_offsets([TopicPartition(TOPIC, 0)], timeout_ms=1_000)
-    except KafkaError:
-        return f"none, waiting: there is no topic {TOPIC}, or no right to read it"
-    return "none, others have them"
-
-
 def poll(consumer: KafkaConsumer, rewind: bool) -> Any:
     """The next events by partition; `rewind`: from where the group has committed."""
     if rewind:
@@ -125,34 +125,50 @@ def poll(consumer: KafkaConsumer, rewind: bool) -> Any:
     return consumer.poll(timeout_ms=500)
 
 
-def show_events(consumer: KafkaConsumer) -> None:
-    """Until told to stop: prints the events that come, then commits them."""
-    said = generation = None
-    joined, last_error = 0.0, ""
-    uncommitted = failed = False
+def share_line(consumer: KafkaConsumer, settled: bool) -> str:
+    """Which partitions it has; empty where some may come soon."""
+    held = sorted(partition for _, partition in consumer.assignment())
+    if held or not settled:
+        return ", ".join(map(str, held))
+    if consumer.partitions_for_topic(TOPIC):
+        return "none, others have them"
+    return f"none, waiting: there is no topic {TOPIC}, or no right to read it"
+
+
+def show_events(consumer: KafkaConsumer) -> str | None:
+    """Until told to stop: prints the events that come, then commits them.
+
+    Returns why it ended before that, if it did.
+    """
+    share = said = ""
+    membership: Any = None
+    since, failures, uncommitted = 0.0, 0, False
     while not stopping:
         try:
-            batches = poll(consumer, rewind=failed)
-            failed = False
+            polled, now = poll(consumer, rewind=failures > 0), time.monotonic()
+            failures = 0
+            member = consumer.group_metadata()
+            if member != membership:
+                membership, since, share = member, now, ""
+            if member.state == MemberState.STABLE and not share:
+                # A newcomer gets nothing at first: the others have to give something up for it.
+                share = share_line(consumer, settled=now - since > 2)
+        except (CorruptRecordError, UnsupportedCodecError) as error:
+            # The next poll() of kafka-python 3.0.12 would not return: fetched_records() loops.
+            return f"cannot read the events: {error}"
         except KafkaError as error:
             # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
             # events from its buffer: the positions have moved, but nobody has seen them.
-            failed, uncommitted = True, False
-            if not error.retriable and str(error) != last_error:
-                last_error = str(error)
+            uncommitted = False
+            failures += 1
+            if failures == (10 if error.retriable else 1):  # the former pass, as a rule
                 log.warning("%s; trying again", error)
             time.sleep(0.5)
             continue
-        group = consumer.group_metadata()
-        if group.generation_id != generation:
-            generation, joined = group.generation_id, time.monotonic()
-        held = sorted(partition for _, partition in consumer.assignment())
-        # A newcomer gets nothing at first: the others have to give something up for it.
-        settled = held or time.monotonic() - joined > 2
-        if held != said and settled and group.state == MemberState.STABLE:
-            said = held
-            log.info("partitions: %s", ", ".join(map(str, held)) or why_none(consumer))
-        for (_, partition), messages in batches.items():
+        if share and share != said:
+            said = share
+            log.info("partitions: %s", share)
+        for (_, partition), messages in polled.items():
             place = f"partition={partition} offset="
             sys.stdout.writelines(
                 f"{place}{message.offset} key={shown(message.key)} {shown(message.value)}\n"
@@ -160,7 +176,7 @@ def show_events(consumer: KafkaConsumer) -> None:
             )
         sys.stdout.flush()
         # Only now: a crash before this line shows these events again, and none is ever lost.
-        uncommitted = uncommitted or bool(batches)
+        uncommitted = uncommitted or bool(polled)
         try:
             if uncommitted:
                 consumer.commit(timeout_ms=1_000)
@@ -169,6 +185,7 @@ def show_events(consumer: KafkaConsumer) -> None:
             log.warning("held up for too long: the last events will be shown again")
         except KafkaError:
             pass  # the positions stay: the next commit covers these events as well
+    return None
 
 
 def main() -> None:
@@ -191,13 +208,13 @@ def main() -> None:
         max_poll_records=5_000,  # and fewer commits
     )
     consumer.subscribe([TOPIC])
-    assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot show is escaped
+    # What the terminal cannot show is escaped.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, _: stopping.append(number))
     status = None
     try:
-        show_events(consumer)
+        status = show_events(consumer)
     except OSError as error:  # what was not printed is not committed
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows

@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaError
+from kafka.errors import CorruptRecordError, KafkaError, UnsupportedCodecError
 from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
@@ -41,17 +40,20 @@ OTHER = "no Kafka there, or other security settings are needed"
 REASONS = {  # what kafka-python says of a connection that fails, in plain words
     "DNS Resolution failure": "host name not known",
     "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
-    **dict.fromkeys(("socket disconnected", "EOF occurred", "Invalid frame length"), OTHER),
+    "socket disconnected": OTHER,
+    "EOF occurred": OTHER,
+    "Invalid frame length": OTHER,
 }
 log = logging.getLogger("processor.py")
-stopping: list[int] = []  # the signals that have come, SIGINT or SIGTERM
-connections: WeakSet[Any] = WeakSet()  # those that ever stood, one or more to each broker
+stopping: list[int] = []  # not empty: told to stop
+connections: set[Any] = set()  # those that stand, one or more to each broker
 
 
 class ConnectionLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    reason, lost = "no answer", False
+    reason = "no answer"
+    lost: bool | None = None  # None: not connected yet
 
     def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
@@ -65,9 +67,10 @@ class ConnectionLog(logging.Handler):
             if connection.broker_version:  # it had found Kafka, and was logging in
                 self.reason = f"authentication failed ({reason})"
             # One broker of several may go: Kafka is lost with the last connection.
-            if connection in connections and not any(c.connected for c in connections):
+            connections.difference_update([c for c in connections if not c.connected])
+            if self.lost is False and not connections:
                 self.lost = True
-                log.info("lost the connection to Kafka; trying again until it is back")
+                log.info("lost the connection to Kafka (%s); trying again until it is back", reason)
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -81,6 +84,7 @@ def connect(client: Any, **settings: Any) -> Any:
             sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
         if name.endswith("file") and not Path(value).exists():  # and would not say which file
             sys.exit(f"no connection to Kafka: no such file: {value}")
+    # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
         bootstrap_servers=BOOTSTRAP_SERVERS,
@@ -119,59 +123,59 @@ def read_event(value: bytes | None) -> tuple[str, str]:
 class Held:
     """A partition that this processor holds."""
 
-    log_end: int  # when it was given
-    next_offset: int = 0  # of the event to count next
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    next_offset: int = 0  # of the event to count next
+    log_end: int = 0  # when the partition was given
 
 
+@dataclass
 class Counts:
     """The counts of each partition held; the log is their only state."""
 
-    def __init__(self, consumer: KafkaConsumer) -> None:
-        self.consumer = consumer
-        self.held: dict[TopicPartition, Held] = {}
-        self.member: Any = None  # its place in the group; None while that may be changing
-        self.since = 0.0  # the last change
-        self.skipped, self.last = 0, ""  # how many malformed events, and where the last one was
+    held: dict[TopicPartition, Held] = field(default_factory=dict)
+    membership: Any = None  # of the group: generation and member; None while that is changing
+    since: float = 0.0  # when it changed
+    share: str = ""  # the line about the partitions held; empty until the group has settled
+    skipped: int = 0  # malformed events
+    last: str = ""  # where the last of them was, and why; empty when that has been said
 
-    def read_on(self) -> float:
-        """Counts the next events. Returns how many are left of those that the log held at first."""
-        if self.consumer.group_metadata().state == MemberState.REBALANCING:
+    def read_on(self, consumer: KafkaConsumer) -> float:
+        """Counts the next events. Returns how many are left of those that the log held when the
+        partitions were given; math.inf while that is not known."""
+        if consumer.group_metadata().state == MemberState.REBALANCING:
             # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets it
             # if poll() ends before the join: _perform_assignment() clears the cause.
-            self.consumer._coordinator.request_rejoin()
-        polled = self.consumer.poll(timeout_ms=250)
-        member = self.consumer.group_metadata()
-        if member != self.member:  # after a rebalance, what was polled may start anywhere
-            self.member, self.since = None, time.monotonic()
-            if member.state == MemberState.STABLE:
-                self.take_over()
-                self.member = member
+            consumer._coordinator.request_rejoin()
+        polled = consumer.poll(timeout_ms=250)
+        membership = consumer.group_metadata()
+        if membership != self.membership:  # after a rebalance, what was polled may start anywhere
+            self.membership, self.since, self.share = None, time.monotonic(), ""
+            if membership.state == MemberState.STABLE:
+                self.take_over(consumer)
+                self.membership = membership
             return math.inf
         left = 0.0
         for partition, held in self.held.items():
             messages = polled.get(partition, [])
-            if messages:
-                position = messages[0].offset
-            else:  # not the last offset counted: retention and compaction leave gaps
-                position = self.consumer.position(partition, timeout_ms=0)
+            # position() is not the last offset counted: retention and compaction leave gaps.
+            position = messages[0].offset if messages else consumer.position(partition, 0)
             if position is None:  # it is being looked up
                 left = math.inf
             elif position < held.next_offset:  # the topic was deleted and created anew
-                self.held, self.member = {}, None
+                self.held, self.membership = {}, None
                 return math.inf
             else:
                 self.add(held, messages)
                 left += max(0, held.log_end - max(position, held.next_offset))
         return left
 
-    def take_over(self) -> None:
+    def take_over(self, consumer: KafkaConsumer) -> None:
         """Goes on where it was in the partitions that it keeps, and starts the new ones at 0."""
-        assignment = self.consumer.assignment()
-        ends = self.consumer.end_offsets(assignment, timeout_ms=1_000)
-        self.held = {p: self.held.get(p) or Held(log_end=ends[p]) for p in assignment}
+        self.held = {p: self.held.get(p) or Held() for p in consumer.assignment()}
         for partition, held in self.held.items():
-            self.consumer.seek(partition, held.next_offset)
+            consumer.seek(partition, held.next_offset)
+            # One by one: of several, kafka-python 3.0.12 raises KeyError if one has no leader.
+            held.log_end = consumer.end_offsets([partition], timeout_ms=1_000)[partition]
 
     def add(self, held: Held, messages: list[Any]) -> None:
         for message in messages:
@@ -197,69 +201,74 @@ def as_json(partitions: Iterable[Held]) -> str:
 def share_line(consumer: KafkaConsumer, group: str, settled: bool) -> str:
     """Which partitions are counted, in under 100 columns; empty where more may come soon."""
     held = sorted(partition for _, partition in consumer.assignment())
-    if not held:
-        if not settled:
-            return ""
-        try:
-            consumer.end_offsets([TopicPartition(TOPIC, 0)], timeout_ms=1_000)
-        except KafkaError:
-            return f"counting nothing, waiting: there is no topic {TOPIC}, or no right to read it"
+    if not (held or settled):
+        return ""
+    everything = consumer.partitions_for_topic(TOPIC)
+    if not everything:
+        return f"counting nothing, waiting: there is no topic {TOPIC}, or no right to read it"
+    others = sorted(everything.difference(held))
     counting = f"counting partition{'s' * (len(held) > 1)} {', '.join(map(str, held))}"
-    others = sorted(consumer.partitions_for_topic(TOPIC).difference(held))
     if not others or not settled:
         return "" if others else f"{counting}: everything"
     counting = f"{counting} only" if held else "counting nothing"
-    everything = f"(everything: --group {'other' if group == 'mine' else 'mine'})"
-    line = f"{counting}; others of {group} hold {', '.join(map(str, others))} {everything}"
+    how = f"(everything: --group {'other' if group == 'mine' else 'mine'})"
+    line = f"{counting}; others of {group} hold {', '.join(map(str, others))} {how}"
     if len(line) >= 100:
-        line = f"counting {len(held)} of {len(held + others)} partitions {everything}"
+        line = f"counting {len(held)} of {len(everything)} partitions {how}"
     return line
 
 
-def count_events(counts: Counts, group: str, once: bool) -> None:
-    """Counts, and shows the counts, until told to stop or with `once` until it has shown some."""
+def count_events(consumer: KafkaConsumer, group: str, once: bool) -> str | None:
+    """Counts, and shows the counts, until told to stop or with `once` until it has shown some.
+
+    Returns why it ended before that, if it did.
+    """
+    counts = Counts()
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
-    printed = said = share = last_error = ""
-    since, skipped = 0.0, 0
+    printed = said = ""
+    failures = 0
     next_report = time.monotonic() + 2  # the first counts do not wait for it
     last_round = False
     while not (last_round or (once and printed)):
         last_round = bool(stopping)
         try:
-            left, now = counts.read_on(), time.monotonic()
-            if counts.since != since:
-                since, share = counts.since, ""
-            if counts.member and not share:
+            left, now = counts.read_on(consumer), time.monotonic()
+            if counts.membership and not counts.share:
                 # A newcomer gets nothing at first: the others have to give something up for it.
-                share = share_line(counts.consumer, group, settled=now - since > 2)
+                counts.share = share_line(consumer, group, settled=now - counts.since > 2)
+            failures = 0
+        except (CorruptRecordError, UnsupportedCodecError) as error:
+            # The next poll() of kafka-python 3.0.12 would not return: fetched_records() loops.
+            return f"cannot read the events: {error}"
         except KafkaError as error:
             # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
             # events from its buffer: the positions have moved, but nobody has counted them.
-            counts.member = None
-            if not error.retriable and str(error) != last_error:
-                last_error = str(error)
+            counts.membership = None
+            failures += 1
+            if failures == (10 if error.retriable else 1):  # the former pass, as a rule
                 log.warning("%s; trying again", error)
             time.sleep(0.5)
             continue
-        if share and share != said:
-            said = share
-            log.info(share)
-        if not share or (now < next_report and not last_round and (printed or left)):
+        if counts.share and counts.share != said:
+            said = counts.share
+            log.info(said)
+        if not counts.share or (now < next_report and not last_round and (printed or left)):
             continue
         next_report = now + 1
-        if counts.skipped > skipped:
-            skipped = counts.skipped
-            log.warning("malformed events skipped: %d, the last at %s", skipped, counts.last)
+        if counts.last:
+            log.warning("malformed events skipped: %d, the last at %s", counts.skipped, counts.last)
+            counts.last = ""
         if 0 < left < math.inf:
             log.info("%s events still to read", f"{left:,.0f}")
         text = printed if left else as_json(counts.held.values())
         if text != printed and (counts.held or printed):
             print(text, flush=True)
             printed = text
-            if terminal and "(everything" in share:
-                log.info(share)  # the counts have scrolled it away
+            if terminal and "(everything" in said:
+                log.info(said)  # the counts have scrolled it away
             # Printing takes less than a tenth of the time, however many users there are.
             next_report = now + max(1, 15 * (time.monotonic() - now))
+    return None
 
 
 def main() -> None:
@@ -287,7 +296,7 @@ def main() -> None:
         signal.signal(signum, lambda number, _: stopping.append(number))
     status = None
     try:
-        count_events(Counts(consumer), options.group, options.once)
+        status = count_events(consumer, options.group, options.once)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows

@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError
@@ -41,7 +40,9 @@ OTHER = "no Kafka there, or other security settings are needed"
 REASONS = {  # what kafka-python says of a connection that fails, in plain words
     "DNS Resolution failure": "host name not known",
     "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
-    **dict.fromkeys(("socket disconnected", "EOF occurred", "Invalid frame length"), OTHER),
+    "socket disconnected": OTHER,
+    "EOF occurred": OTHER,
+    "Invalid frame length": OTHER,
 }
 # The first three users land on partitions 0, 1 and 2 (of three), the others on 0, 1 and 2 again.
 USERS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice", "dave", "carol"]
@@ -49,14 +50,15 @@ ACTIONS = ["view", "click", "add_to_cart", "purchase"]
 MAX_UNCONFIRMED = 10_000  # events; kafka-python would buffer without limit
 
 log = logging.getLogger("producer.py")
-stopping: list[int] = []  # the signals that have come, SIGINT or SIGTERM
-connections: WeakSet[Any] = WeakSet()  # those that ever stood, one or more to each broker
+stopping: list[int] = []  # not empty: told to stop
+connections: set[Any] = set()  # those that stand, one or more to each broker
 
 
 class ConnectionLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    reason, lost = "no answer", False
+    reason = "no answer"
+    lost: bool | None = None  # None: not connected yet
 
     def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
@@ -70,9 +72,10 @@ class ConnectionLog(logging.Handler):
             if connection.broker_version:  # it had found Kafka, and was logging in
                 self.reason = f"authentication failed ({reason})"
             # One broker of several may go: Kafka is lost with the last connection.
-            if connection in connections and not any(c.connected for c in connections):
+            connections.difference_update([c for c in connections if not c.connected])
+            if self.lost is False and not connections:
                 self.lost = True
-                log.info("lost the connection to Kafka; trying again until it is back")
+                log.info("lost the connection to Kafka (%s); trying again until it is back", reason)
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -86,6 +89,7 @@ def connect(client: Any, **settings: Any) -> Any:
             sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
         if name.endswith("file") and not Path(value).exists():  # and would not say which file
             sys.exit(f"no connection to Kafka: no such file: {value}")
+    # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
         bootstrap_servers=BOOTSTRAP_SERVERS,
@@ -171,9 +175,9 @@ def send_events(
         if may_send and now >= next_send:
             events.send(producer, random_event())
             next_send = now + interval
-        wait = next_send - now if may_send else 0.1
-        if wait > 0:
-            events.settle(min(wait, 0.1))  # no longer, for a signal does not cut it short
+        pause = next_send - now if may_send else 0.1
+        if pause > 0:
+            events.settle(min(pause, 0.1))  # no longer, for a signal does not cut it short
 
 
 def main() -> None:
@@ -199,6 +203,8 @@ def main() -> None:
     try:
         producer.partitions_for(TOPIC)
     except KafkaTimeoutError:
+        if not any(connection.connected for connection in connections):
+            sys.exit(f"no connection to the brokers that {BOOTSTRAP_SERVERS} names")
         how = f"python -m kafka.admin -b {BOOTSTRAP_SERVERS.split(',')[0]} topics create -t {TOPIC}"
         sys.exit(f"there is no topic {TOPIC}; create it with `{how} --num-partitions 3`")
     except KafkaError as error:

@@ -291,10 +291,14 @@ class Witness:
         consumer.close()
         return sorted(messages, key=lambda message: message[:2])
 
-    def write(self, messages: Iterable[tuple[int, bytes | None, bytes | None]]) -> None:
+    def write(
+        self,
+        messages: Iterable[tuple[int, bytes | None, bytes | None]],
+        compression: str = "none",
+    ) -> None:
         """Writes raw (partition, key, value)."""
         failures: list[object] = []
-        producer = Producer({**self.settings, "linger.ms": 5})
+        producer = Producer({**self.settings, "linger.ms": 5, "compression.type": compression})
         for partition, key, value in messages:
             while True:
                 try:

@@ -2,47 +2,83 @@
 
 import itertools
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
+import pytest
 from broker import Cluster, free_port
 from conftest import QUICK_RETURN
-from harness import Start, Witness, assert_plain, count, line, settled, shown, until
+from harness import Start, Witness, assert_plain, count, event, line, settled, shown, until
+
+pytestmark = pytest.mark.xdist_group("cluster")  # one worker, and so one cluster
 
 # A broker that is slow, on a busy machine, is not dead yet.
 ENVIRONMENT = QUICK_RETURN | {"KAFKA_BROKER_SESSION_TIMEOUT_MS": "4000"}
 
 
-def test_each_of_three_brokers_is_killed_in_turn(start: Start, tmp_path: Path) -> None:
-    folder = tmp_path / "brokers"
-    folder.mkdir()
-    with Cluster(folder, [free_port() for _ in range(3)], ENVIRONMENT) as cluster:
-        witness = Witness(cluster.address)
-        producer = start("producer.py", "--interval", "0.02", address=cluster.address)
-        until(lambda: producer.lines, "the topic is there")
-        assert witness.copies() == [3, 3, 3]
-        consumers = [start("consumer.py", address=cluster.address) for _ in range(2)]
-        processor = start("processor.py", "--group", "counting", address=cluster.address)
-        scripts = [producer, *consumers, processor]
-        until(settled(witness, 2), "the consumers share the partitions")
-        for broker in cluster.brokers:
-            broker.kill()
-            killed = time.monotonic()
-            before = [len(script.lines) for script in scripts]
-            for script, lines in zip(scripts, before, strict=True):
-                until(lambda: len(script.lines) > lines + 10, f"{script.command[1]} goes on")
-            print(f"{broker.address}: all at work {time.monotonic() - killed:.1f} s after its end")
-            broker.start()
-            until(lambda: witness.copies(in_sync=True) == [3, 3, 3], "the cluster is whole again")
-        assert producer.stop() == 0
-        log = witness.log()
-        until(lambda: {*shown(*consumers)} >= {*producer.lines}, "all events are shown")
-        until(lambda: processor.snapshots[-1] == count(log), "all events are counted")
-        for script in scripts[1:]:
-            assert script.stop() == 0
-        assert producer.err.splitlines()[-1] == f"{len(log)} delivered, 0 failed"
-        assert shown(producer) == sorted(map(line, log))  # each confirmed event is there, once
-        for script in scripts:
-            assert_plain(script)
-            said = [text for text in script.err.splitlines() if "connect" in text]
-            for one, two in itertools.pairwise([*said, ""]):
-                assert "lost" not in one or "again" in two  # never the last word
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    ports = [free_port() for _ in range(3)]
+    with Cluster(tmp_path_factory.mktemp("brokers"), ports, ENVIRONMENT) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def witness(cluster: Cluster) -> Witness:
+    """Neither topic nor group exists."""
+    witness = Witness(cluster.address)
+    witness.clean()
+    return witness
+
+
+def test_each_of_three_brokers_is_killed_in_turn(
+    start: Start, cluster: Cluster, witness: Witness
+) -> None:
+    producer = start("producer.py", "--interval", "0.02", address=cluster.address)
+    until(lambda: producer.lines, "the topic is there")
+    assert witness.copies() == [3, 3, 3]
+    consumers = [start("consumer.py", address=cluster.address) for _ in range(2)]
+    processor = start("processor.py", "--group", "counting", address=cluster.address)
+    scripts = [producer, *consumers, processor]
+    until(settled(witness, 2), "the consumers share the partitions")
+    for broker in cluster.brokers:
+        broker.kill()
+        killed = time.monotonic()
+        before = [len(script.lines) for script in scripts]
+        for script, lines in zip(scripts, before, strict=True):
+            until(lambda: len(script.lines) > lines + 10, f"{script.command[1]} goes on")
+        print(f"{broker.address}: all at work {time.monotonic() - killed:.1f} s after its end")
+        broker.start()
+        until(lambda: witness.copies(in_sync=True) == [3, 3, 3], "the cluster is whole again")
+    assert producer.stop() == 0
+    log = witness.log()
+    until(lambda: {*shown(*consumers)} >= {*producer.lines}, "all events are shown")
+    until(lambda: processor.snapshots[-1] == count(log), "all events are counted")
+    for script in scripts[1:]:
+        assert script.stop() == 0
+    assert producer.err.splitlines()[-1] == f"{len(log)} delivered, 0 failed"
+    assert shown(producer) == sorted(map(line, log))  # each confirmed event is there, once
+    for script in scripts:
+        assert_plain(script)
+        said = [text for text in script.err.splitlines() if "connect" in text]
+        for one, two in itertools.pairwise([*said, ""]):
+            assert "lost" not in one or "again" in two  # never the last word
+
+
+def test_a_partition_without_a_leader_is_waited_for(
+    start: Start, cluster: Cluster, witness: Witness
+) -> None:
+    witness.create(3)  # one copy of each partition, so each broker has one
+    witness.write((number % 3, b"key", event(f"user {number % 3}")) for number in range(30))
+    everything = count(witness.log())
+    cluster.brokers[2].kill()
+    consumer = start("consumer.py", address=cluster.address)
+    processor = start("processor.py", "--group", "counting", address=cluster.address)
+    until(lambda: len(consumer.lines) == 20, "what has a leader is shown")
+    until(lambda: "trying again" in processor.err, "it says that it cannot go on")
+    cluster.brokers[2].start()
+    until(lambda: processor.snapshots, "it counts when the leader is back")
+    assert processor.snapshots[0] == everything
+    until(lambda: len(consumer.lines) == 30, "the rest is shown")
+    for script in (consumer, processor):
+        assert script.stop() == 0
+        assert_plain(script)

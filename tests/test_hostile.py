@@ -201,3 +201,22 @@ def test_output_that_cannot_be_encoded_is_escaped(start: Start, witness: Witness
         until(lambda: processor.snapshots, "counts are shown")
         assert processor.stop() == 0
         assert processor.snapshots[0] == {"🦀": {"view": 1}}
+
+
+def test_a_batch_that_cannot_be_unpacked_ends_the_readers_with_a_line(
+    start: Start, witness: Witness
+) -> None:
+    """kafka-python unpacks lz4 with a package that is not among the requirements."""
+    witness.create(1)
+    witness.write([(0, b"key", event())])
+    consumer, processor = start("consumer.py"), start("processor.py", "--group", "counting")
+    until(lambda: consumer.lines and processor.snapshots, "they are at work")
+    witness.write([(0, b"key", event())] * 100, compression="lz4")
+    for script in (consumer, processor):
+        assert script.wait() == 1
+        last = script.err.splitlines()[-1]
+        assert last.startswith("cannot read the events: UnsupportedCodecError: ")
+        assert "lz4" in last
+        assert "Traceback" not in script.err
+    assert witness.committed() == {0: 1}
+    assert witness.members() == []

@@ -221,3 +221,22 @@ def test_every_snapshot_is_whole_while_members_come_and_go(start: Start, witness
     assert second.stop() == 0
     for snapshot in (*first.snapshots, *second.snapshots):
         assert snapshot == {user: everything[user] for user in snapshot}  # each partition has one
+
+
+def test_a_frozen_processor_shows_no_counts_before_it_has_caught_up(
+    start: Start, witness: Witness
+) -> None:
+    witness.create(1)
+    witness.write([(0, b"key", event())] * 100)
+    processor = start(command=[sys.executable, "-c", SLOW_POLL, "processor.py"])
+    until(lambda: processor.snapshots, "it counts")
+    processor.process.send_signal(signal.SIGSTOP)
+    until(lambda: witness.members() == [], "the group has given it up")
+    # To read them takes it longer than the second that it lets pass between two snapshots.
+    witness.write([(0, b"key", event())] * 7400)
+    processor.process.send_signal(signal.SIGCONT)
+    until(lambda: processor.snapshots[-1]["alice"]["view"] == 7500, "it has caught up")
+    assert processor.stop() == 0
+    # It goes on for up to a second before it learns that it is out of the group.
+    counted = [snapshot["alice"]["view"] for snapshot in processor.snapshots]
+    assert not [number for number in counted if 3750 < number < 7500]

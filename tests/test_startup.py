@@ -9,9 +9,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from broker import free_port
+from broker import Broker, free_port
 from harness import SCRIPTS, Start, Witness, produce, python, until
 
 
@@ -177,3 +178,23 @@ def test_one_ctrl_c_sent_twice_is_one(start: Start, witness: Witness) -> None:
             script.process.send_signal(signal.SIGINT)
         assert script.wait() == 0
     assert sum(witness.committed().values()) == 1000
+
+
+@pytest.mark.parametrize("advertised", ["no.such.host.invalid:9092", "localhost:1"])
+def test_brokers_that_cannot_be_reached_at_their_own_address(
+    advertised: str, start: Start, tmp_path: Path
+) -> None:
+    """Kafka answers, and names a broker at an address that is of no use here: a common mistake."""
+    environment = {"KAFKA_ADVERTISED_LISTENERS": f"PLAINTEXT://{advertised}"}
+    folder = tmp_path / "broker"
+    folder.mkdir()
+    with Broker(folder, environment=environment) as broker:
+        producer, *readers = (start(name, address=broker.address) for name in SCRIPTS)
+        assert producer.wait() == 1
+        lost, last = producer.err.splitlines()
+        assert re.match(r"lost the connection to Kafka \((DNS|\d+ ECONNREFUSED)", lost)
+        assert last == f"no connection to the brokers that {broker.address} names"
+        for reader in readers:
+            until(lambda: "lost the connection to Kafka (" in reader.err, "it says so")
+            assert reader.stop(timeout=20) == 0
+            assert len(reader.err.splitlines()) == 1
