@@ -198,7 +198,7 @@ def main() -> None:
         KafkaConsumer,
         group_id=group,
         auto_offset_reset="earliest",  # where the group has committed nothing: from the start
-        enable_auto_commit=False,  # which would commit events not yet shown
+        enable_auto_commit=False,  # it would also commit what could not be shown
         partition_assignment_strategy=[CooperativeStickyAssignor],  # move no more than needed
         session_timeout_ms=10_000,  # a member that died is noticed after this
         heartbeat_interval_ms=500,  # a member that came or left is noticed after this

@@ -137,7 +137,12 @@ def test_an_event_is_shown_as_soon_as_it_is_confirmed(start: Start, witness: Wit
 
 
 def test_two_consumers_share_the_partitions(start: Start, witness: Witness) -> None:
-    consumers = [start("consumer.py"), start("consumer.py")]
+    consumers = [start("consumer.py")]
+    until(lambda: "partitions: 0, 1, 2\n" in consumers[0].err, "the first has all partitions")
+    consumers.append(start("consumer.py"))
+    until(lambda: consumers[1].err, "the other says what it has")
+    # Not that it has none: so it is for a moment, until the first gives one up.
+    assert re.fullmatch(r"partitions: \d\n", consumers[1].err)
     until(settled(witness, 2), "both have partitions")
     producer = produce(start, 600)
     until(lambda: len(shown(*consumers)) >= 600, "all events are shown")
@@ -308,6 +313,16 @@ def test_processor_beside_two_consumers_counts_its_share(start: Start, witness: 
     for consumer in consumers:
         assert consumer.stop() == 0
     assert shown(*consumers) == shown(producer)
+
+
+def test_a_fourth_consumer_has_no_partition(start: Start, witness: Witness) -> None:
+    produce(start, 90)
+    consumers = [start("consumer.py") for _ in range(3)]
+    until(settled(witness, 3), "each consumer has a partition")
+    fourth = start("consumer.py")
+    until(lambda: fourth.err == "partitions: none, others have them\n", "it says why it has none")
+    assert consumers[0].stop() == 0
+    until(lambda: re.search(r"^partitions: \d$", fourth.err, re.MULTILINE), "it takes over")
 
 
 def test_processor_beside_three_consumers_holds_nothing(start: Start, witness: Witness) -> None:
