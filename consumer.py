@@ -162,7 +162,7 @@ def show_events(consumer: KafkaConsumer) -> str | None:
             uncommitted = False
             failures += 1
             if failures == (10 if error.retriable else 1):  # the former pass, as a rule
-                log.warning("%s; trying again", error)
+                log.warning("cannot go on (%s); trying again", error)
             time.sleep(0.5)
             continue
         if share and share != said:
@@ -182,7 +182,8 @@ def show_events(consumer: KafkaConsumer) -> str | None:
                 consumer.commit(timeout_ms=1_000)
                 uncommitted = False
         except CommitFailedError:  # no poll() for max_poll_interval_ms, five minutes
-            log.warning("held up for too long: the last events will be shown again")
+            log.warning("held up for too long: another member may show the last events as well")
+            said = ""
         except KafkaError:
             pass  # the positions stay: the next commit covers these events as well
     return None

@@ -246,7 +246,7 @@ def count_events(consumer: KafkaConsumer, group: str, once: bool) -> str | None:
             counts.membership = None
             failures += 1
             if failures == (10 if error.retriable else 1):  # the former pass, as a rule
-                log.warning("%s; trying again", error)
+                log.warning("cannot go on (%s); trying again", error)
             time.sleep(0.5)
             continue
         if counts.share and counts.share != said:

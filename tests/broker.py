@@ -13,6 +13,7 @@ import argparse
 import functools
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -108,8 +109,8 @@ class Broker:
         ports = {"9092": str(self.port), "9093": str(free_port())}
         self.environment = {key: str(value) for key, value in service()["environment"].items()}
         for key, value in self.environment.items():
-            for old, new in ports.items():
-                value = value.replace(f":{old}", f":{new}")
+            # In one go: the new number of one port may be the old number of the other.
+            value = re.sub(r":(9092|9093)\b", lambda match: f":{ports[match[1]]}", value)
             # In its container the broker listens everywhere; here on loopback only.
             self.environment[key] = value.replace("//:", "//localhost:")
         # Paths below the folder are relative: Java reads properties files as Latin-1.

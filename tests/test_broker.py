@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from broker import ROOT, Broker, free_port, version
+from broker import ROOT, Broker, Cluster, free_port, version
 from harness import PATIENCE, Script, Start, Witness, event, until
 
 # Runs the program on the port given first, with its data under the folder given second.
@@ -73,6 +73,19 @@ def test_three_brokers_for_a_command(start: Start, tmp_path: Path) -> None:
         re.MULTILINE,
     )
     assert broker.err == "3 delivered, 0 failed\n"
+
+
+def test_three_brokers_on_the_usual_ports_are_at_the_addresses_that_they_name(
+    tmp_path: Path,
+) -> None:
+    cluster = Cluster(tmp_path, [9092, 9093, 9094])
+    assert cluster.address == "localhost:9092,localhost:9093,localhost:9094"
+    for broker, port in zip(cluster.brokers, (9092, 9093, 9094), strict=True):
+        address = f"PLAINTEXT://localhost:{port}"
+        assert broker.environment["KAFKA_ADVERTISED_LISTENERS"] == address
+        assert broker.environment["KAFKA_LISTENERS"].startswith(
+            f"{address},CONTROLLER://localhost:"
+        )
 
 
 def test_three_brokers_until_ctrl_c_of_which_one_is_killed(start: Start, tmp_path: Path) -> None:

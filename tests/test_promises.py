@@ -142,7 +142,7 @@ def test_a_join_that_outlasts_a_poll_is_completed(script: str, start: Start, pro
     assert reader.stop() == 0
 
 
-@pytest.mark.parametrize("case", ["cut", "trickle", "elsewhere"])
+@pytest.mark.parametrize("case", ["cut", "trickle", "burst", "elsewhere"])
 def test_every_snapshot_around_a_replaced_topic_is_whole(
     case: str, start: Start, proxy: Proxy
 ) -> None:
@@ -151,6 +151,7 @@ def test_every_snapshot_around_a_replaced_topic_is_whole(
     It then goes back to the new log's end, and does so within the poll() that finds that out.
     - cut: it loses the next fetch and with it the session, so it is told how long the new log is
     - trickle: the same poll() brings the next events of the new log
+    - burst: so many of them that it is past what it has counted of the old one
     - elsewhere: it brings the events of partitions that were empty, of which it knows the first
     """
     to_come = [OFFSET_FOR_LEADER_EPOCH, FETCH]
@@ -166,12 +167,12 @@ def test_every_snapshot_around_a_replaced_topic_is_whole(
         witness.write((partition, b"key", event(user)) for partition, user in users)
 
     def noticed() -> bool:
-        write("new", 3)
+        write("new", 180 if case == "burst" else 3)
         return len(processor.snapshots) > 1
 
     witness = Witness(proxy.address)
     witness.create(3)
-    write("old", 3000, partitions=1 if case == "elsewhere" else 3)
+    write("old", 315 if case == "burst" else 3000, partitions=1 if case == "elsewhere" else 3)
     command = [sys.executable, "-c", LONG_POLL, "processor.py"]
     processor = start(command=command, address=proxy.address)
     until(lambda: processor.snapshots, "the old topic's events are counted")
@@ -184,7 +185,7 @@ def test_every_snapshot_around_a_replaced_topic_is_whole(
     if case == "cut":
         proxy.answers = answers
     processor.process.send_signal(signal.SIGCONT)
-    if case == "trickle":
+    if case in ("trickle", "burst"):
         until(noticed, "it shows other counts", timeout=30)
         new = count(witness.log())
     until(lambda: processor.snapshots[-1] == new, "the new events are counted", timeout=30)

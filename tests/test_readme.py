@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker import PORT, ROOT, is_open
-from harness import PATIENCE, Script, until
+from broker import PORT, ROOT, Broker, is_open
+from harness import PATIENCE, Script, Witness, until
 
 README = (ROOT / "README.md").read_text()
 
@@ -48,14 +48,20 @@ def shell(tmp_path: Path) -> Iterator[list[Script]]:
         script.wait()
 
 
-def run(folder: Path, command: str) -> str:
-    """Runs a block in bash, with the tests' Python; returns what it has printed."""
+def environment(address: str = "") -> dict[str, str]:
+    """That of a shell which finds the tests' Python, and Kafka at the address if one is given."""
+    inherited = {k: v for k, v in os.environ.items() if k != "KAFKA_BOOTSTRAP_SERVERS"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {k: v for k, v in os.environ.items() if k != "KAFKA_BOOTSTRAP_SERVERS"}
+    given = {"KAFKA_BOOTSTRAP_SERVERS": address} if address else {}
+    return inherited | {"PATH": path} | given
+
+
+def run(folder: Path, command: str, address: str = "") -> str:
+    """Runs a block in bash; returns what it has printed."""
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
-        env=environment | {"PATH": path},
+        env=environment(address),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -138,28 +144,74 @@ def test_all_in_one_terminal(tmp_path: Path) -> None:
 
 
 def test_comparing_what_was_sent_with_what_was_shown(tmp_path: Path) -> None:
-    [compare] = blocks(section("## Things to try"))
+    _, compare = blocks(section("## Things to try"))
     assert run(copy_project(tmp_path), compare).endswith("nothing lost, nothing repeated\n")
+
+
+def test_killing_one(tmp_path: Path, broker: Broker) -> None:
+    kill, _ = blocks(section("## Things to try"))
+    produce, one, two, repeats = kill.splitlines()
+    project = copy_project(tmp_path)
+    run(project, produce, broker.address)
+
+    def start(command: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            ["bash", "-c", command],
+            cwd=project,
+            env=environment(broker.address),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,  # a terminal that is slow: nobody reads
+            start_new_session=True,
+        )
+
+    def lines(name: str) -> int:
+        file = project / name
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    first = start(one)
+    until(lambda: lines("one") > 100, "events rush by")
+    os.killpg(first.pid, signal.SIGQUIT)
+    first.wait()
+    second = start(two)
+    witness, stdout = Witness(broker.address), second.stdout
+    assert stdout is not None
+    os.set_blocking(stdout.fileno(), False)
+
+    def at_the_end() -> bool:
+        stdout.read()
+        return sum(witness.committed().values()) == 100_000
+
+    until(at_the_end, "it has come to the end")
+    os.killpg(second.pid, signal.SIGINT)
+    second.communicate()
+    assert int(run(project, repeats)) > 0
 
 
 BREAK_IT = section("## Break it")
 
 
+@pytest.mark.parametrize("changed", [False, True], ids=["unchanged", "changed"])
 @pytest.mark.parametrize("number", range(3), ids=["no key", "commit first", "no seek"])
-def test_breaking_it(number: int, tmp_path: Path) -> None:
+def test_breaking_it(number: int, changed: bool, tmp_path: Path) -> None:
     """Each change applies to the script that the README names, and does what it says."""
     project = copy_project(tmp_path)
     change, command = blocks(BREAK_IT, "diff")[number], blocks(BREAK_IT)[number]
     script = project / re.findall(r"^\*\*.*?\*\*,? in `(\w+\.py)`", BREAK_IT, re.MULTILINE)[number]
-    old = [line[1:] for line in change.splitlines() if line[0] in "- "]
-    new = [line[1:] for line in change.splitlines() if line[0] in "+ "]
-    text = script.read_text()
-    assert text.count("\n".join(old)) == 1
-    script.write_text(text.replace("\n".join(old), "\n".join(new)))
+    if changed:
+        old = [line[1:] for line in change.splitlines() if line[0] in "- "]
+        new = [line[1:] for line in change.splitlines() if line[0] in "+ "]
+        text = script.read_text()
+        assert text.count("\n".join(old)) == 1
+        script.write_text(text.replace("\n".join(old), "\n".join(new)))
     out = run(project, command)
     if number == 0:
-        assert len(re.findall(r"^ *\d+ partition=\d$", out, re.MULTILINE)) > 1
+        partitions = re.findall(r"^ *\d+ partition=\d$", out, re.MULTILINE)
+        assert len(partitions) > 1 if changed else len(partitions) == 1
     elif number == 1:
-        assert int(out.split()[-1]) > 0
-    else:
+        lost = int(out.split()[-1])
+        assert lost > 1000 if changed else lost == 0
+    elif changed:
         assert out.endswith("{}\n")
+    else:
+        counts = json.loads(out)
+        assert sum(number for actions in counts.values() for number in actions.values()) == 100
