@@ -161,7 +161,7 @@ def show_events(consumer: KafkaConsumer) -> str | None:
             # events from its buffer: the positions have moved, but nobody has seen them.
             uncommitted = False
             failures += 1
-            if failures == (10 if error.retriable else 1):  # the former pass, as a rule
+            if failures == (5 if error.retriable else 1):  # the former pass, as a rule
                 log.warning("cannot go on (%s); trying again", error)
             time.sleep(0.5)
             continue
