@@ -18,7 +18,6 @@ import sys
 import time
 import uuid
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timezone
 from pathlib import Path
@@ -122,35 +121,35 @@ class Deliveries:
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
-        self.results: deque[tuple[str, str, Any]] = deque()  # filled by the client's own thread
-        self.sent = self.delivered = self.failed = 0
+        self.unconfirmed: list[tuple[str, str, Any]] = []  # key, value, the future of its place
+        self.delivered = self.failed = 0
         self.status: str | None = None
-
-    def unconfirmed(self) -> int:
-        return self.sent - self.delivered - self.failed
 
     def send(self, producer: KafkaProducer, event: dict[str, str]) -> None:
         key, value = event["user_id"], json.dumps(event)
-        self.sent += 1
         try:
             future = producer.send(TOPIC, key=key.encode(), value=value.encode())
-            future.add_both(lambda result: self.results.append((key, value, result)))
+            self.unconfirmed.append((key, value, future))
         except (KafkaError, TypeError, ValueError) as error:  # the topic has just been deleted
-            self.results.append((key, value, error))
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        if not self.failed:
+            log.error("not delivered: %s", error)
+        self.failed += 1
 
     def settle(self, seconds: float) -> None:
-        """Prints the events that Kafka has confirmed by now; if there are none, waits so long."""
+        """Waits so long, then prints the events that Kafka has confirmed by now."""
+        time.sleep(seconds)
         lines = []
-        if not self.results:
-            time.sleep(seconds)
-        while self.results:
-            key, value, result = self.results.popleft()
-            if isinstance(result, Exception):
-                if not self.failed:
-                    log.error("not delivered: %s", result)
-                self.failed += 1
+        waiting, self.unconfirmed = self.unconfirmed, []
+        for key, value, future in waiting:
+            if not future.is_done:
+                self.unconfirmed.append((key, value, future))
+            elif future.exception:
+                self.fail(future.exception)
             else:
-                place = f"partition={result.partition} offset={result.offset}"
+                place = f"partition={future.value.partition} offset={future.value.offset}"
                 lines.append(f"{place} key={key} {value}\n")
                 self.delivered += 1
         try:
@@ -168,14 +167,14 @@ def send_events(
     producer: KafkaProducer, events: Deliveries, count: int | None, interval: float
 ) -> None:
     """Until all are delivered, one has failed for good, or it is told to stop."""
-    next_send = time.monotonic()
+    sent, next_send = 0, time.monotonic()
     while not (stopping or events.failed or events.delivered == count):
         now = time.monotonic()
-        may_send = events.sent != count and events.unconfirmed() < MAX_UNCONFIRMED
+        may_send = sent != count and len(events.unconfirmed) < MAX_UNCONFIRMED
         if may_send and now >= next_send:
             events.send(producer, random_event())
-            next_send = now + interval
-        pause = next_send - now if may_send else 0.1
+            sent, next_send = sent + 1, now + interval
+        pause = next_send - now if may_send else 0.01
         if pause > 0:
             events.settle(min(pause, 0.1))  # no longer, for a signal does not cut it short
 
@@ -214,9 +213,9 @@ def main() -> None:
     events = Deliveries(options.quiet)
     send_events(producer, events, options.count, options.interval)
     deadline = time.monotonic() + 10
-    while events.unconfirmed() and time.monotonic() < deadline:
+    while events.unconfirmed and time.monotonic() < deadline:
         events.settle(0.1)
-    failed = events.failed + events.unconfirmed()  # some of the latter may be in the log
+    failed = events.failed + len(events.unconfirmed)  # some of the latter may be in the log
     log.info("%d delivered, %d failed", events.delivered, failed)
     if failed:
         # Without a broker, close() of kafka-python 3.0.12 does not end: once a batch has expired,
