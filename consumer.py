@@ -36,13 +36,9 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-OTHER = "no Kafka there, or other security settings are needed"
 REASONS = {  # what kafka-python says of a connection that fails, in plain words
     "DNS Resolution failure": "host name not known",
     "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
-    "socket disconnected": OTHER,
-    "EOF occurred": OTHER,
-    "Invalid frame length": OTHER,
 }
 log = logging.getLogger("consumer.py")
 stopping: list[int] = []  # not empty: told to stop
@@ -63,7 +59,8 @@ class ConnectionLog(logging.Handler):
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
             connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
-            self.reason = next((REASONS[words] for words in REASONS if words in reason), reason)
+            hint = f"{reason}; is Kafka there, and are the security settings right?"
+            self.reason = next((REASONS[words] for words in REASONS if words in reason), hint)
             if connection.broker_version:  # it had found Kafka, and was logging in
                 self.reason = f"authentication failed ({reason})"
             # One broker of several may go: Kafka is lost with the last connection.
