@@ -14,7 +14,6 @@ import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 from kafka import KafkaConsumer
@@ -59,15 +58,16 @@ class ConnectionLog(logging.Handler):
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
             connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
-            hint = f"{reason}; is Kafka there, and are the security settings right?"
-            self.reason = next((REASONS[words] for words in REASONS if words in reason), hint)
-            if connection.broker_version:  # it had found Kafka, and was logging in
-                self.reason = f"authentication failed ({reason})"
+            plain = next((REASONS[words] for words in REASONS if words in reason), "")
+            # Where Kafka has answered before, it was the login that failed.
+            login = f"authentication failed ({reason})" if connection.broker_version else ""
+            hint = "is Kafka there, and are the security settings right?"
+            self.reason = plain or login or f"{reason}; {hint}"
             # One broker of several may go: Kafka is lost with the last connection.
             connections.difference_update([c for c in connections if not c.connected])
             if self.lost is False and not connections:
                 self.lost = True
-                log.info("lost the connection to Kafka (%s); trying again until it is back", reason)
+                log.info("no connection to Kafka (%s); trying again until there is one", reason)
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -79,8 +79,9 @@ def connect(client: Any, **settings: Any) -> Any:
     for name, value in SECURITY.items():
         if name not in client.DEFAULT_CONFIG:  # the client would show it with its value
             sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
-        if name.endswith("file") and not Path(value).exists():  # and would not say which file
-            sys.exit(f"no connection to Kafka: no such file: {value}")
+        # The client would not say which; Path() raises where the value is a key, not its file.
+        if name.endswith("file") and not os.path.exists(value):  # noqa: PTH110
+            sys.exit(f"no connection to Kafka: KAFKA_{name.upper()} is not the name of a file")
     # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
@@ -96,7 +97,7 @@ def connect(client: Any, **settings: Any) -> Any:
     error = connecting.exception() if connecting.done() else connection_log.reason
     if error:
         log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
-        os._exit(1)
+        os._exit(1)  # sys.exit() would wait for the thread
     return connecting.result()
 
 
@@ -138,25 +139,24 @@ def show_events(consumer: KafkaConsumer) -> str | None:
     Returns why it ended before that, if it did.
     """
     share = said = ""
-    membership: Any = None
+    known: Any = None  # its generation, member and state in the group
     since, failures, uncommitted = 0.0, 0, False
     while not stopping:
         try:
             polled, now = poll(consumer, rewind=failures > 0), time.monotonic()
-            failures = 0
-            member = consumer.group_metadata()
-            if member != membership:
-                membership, since, share = member, now, ""
-            if member.state == MemberState.STABLE and not share:
+            membership = consumer.group_metadata()
+            if membership != known:
+                known, since, share = membership, now, ""
+            if membership.state == MemberState.STABLE and not share:
                 # A newcomer gets nothing at first: the others have to give something up for it.
                 share = share_line(consumer, settled=now - since > 2)
+            failures = 0
         except (CorruptRecordError, UnsupportedCodecError) as error:
             # The next poll() of kafka-python 3.0.12 would not return: fetched_records() loops.
             return f"cannot read the events: {error}"
         except KafkaError as error:
             # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
             # events from its buffer: the positions have moved, but nobody has seen them.
-            uncommitted = False
             failures += 1
             if failures == (5 if error.retriable else 1):  # the former pass, as a rule
                 log.warning("cannot go on (%s); trying again", error)
@@ -178,8 +178,8 @@ def show_events(consumer: KafkaConsumer) -> str | None:
             if uncommitted:
                 consumer.commit(timeout_ms=1_000)
                 uncommitted = False
-        except CommitFailedError:  # no poll() for max_poll_interval_ms, five minutes
-            log.warning("held up for too long: another member may show the last events as well")
+        except CommitFailedError:  # frozen or cut off for 10 s, or no poll() for five minutes
+            log.warning("the group went on without this one: others may show its last events again")
             said = ""
         except KafkaError:
             pass  # the positions stay: the next commit covers these events as well

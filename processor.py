@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
@@ -59,15 +58,16 @@ class ConnectionLog(logging.Handler):
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
             connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
-            hint = f"{reason}; is Kafka there, and are the security settings right?"
-            self.reason = next((REASONS[words] for words in REASONS if words in reason), hint)
-            if connection.broker_version:  # it had found Kafka, and was logging in
-                self.reason = f"authentication failed ({reason})"
+            plain = next((REASONS[words] for words in REASONS if words in reason), "")
+            # Where Kafka has answered before, it was the login that failed.
+            login = f"authentication failed ({reason})" if connection.broker_version else ""
+            hint = "is Kafka there, and are the security settings right?"
+            self.reason = plain or login or f"{reason}; {hint}"
             # One broker of several may go: Kafka is lost with the last connection.
             connections.difference_update([c for c in connections if not c.connected])
             if self.lost is False and not connections:
                 self.lost = True
-                log.info("lost the connection to Kafka (%s); trying again until it is back", reason)
+                log.info("no connection to Kafka (%s); trying again until there is one", reason)
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -79,8 +79,9 @@ def connect(client: Any, **settings: Any) -> Any:
     for name, value in SECURITY.items():
         if name not in client.DEFAULT_CONFIG:  # the client would show it with its value
             sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
-        if name.endswith("file") and not Path(value).exists():  # and would not say which file
-            sys.exit(f"no connection to Kafka: no such file: {value}")
+        # The client would not say which; Path() raises where the value is a key, not its file.
+        if name.endswith("file") and not os.path.exists(value):  # noqa: PTH110
+            sys.exit(f"no connection to Kafka: KAFKA_{name.upper()} is not the name of a file")
     # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
@@ -96,7 +97,7 @@ def connect(client: Any, **settings: Any) -> Any:
     error = connecting.exception() if connecting.done() else connection_log.reason
     if error:
         log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
-        os._exit(1)
+        os._exit(1)  # sys.exit() would wait for the thread
     return connecting.result()
 
 
@@ -123,6 +124,7 @@ class Held:
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     next_offset: int = 0  # of the event to count next
     log_end: int = 0  # when the partition was given
+    skipped: int = 0  # malformed events
 
 
 @dataclass
@@ -130,15 +132,14 @@ class Counts:
     """The counts of each partition held; the log is their only state."""
 
     held: dict[TopicPartition, Held] = field(default_factory=dict)
-    membership: Any = None  # of the group: generation and member; None while that is changing
+    membership: Any = None  # generation, member and state in the group; None: to be taken over
     since: float = 0.0  # when it changed
     share: str = ""  # the line about the partitions held; empty until the group has settled
-    skipped: int = 0  # malformed events
-    last: str = ""  # where the last of them was, and why; empty when that has been said
+    skipped_at: str = ""  # where that was, and why; empty when it has been said
 
     def read_on(self, consumer: KafkaConsumer) -> float:
-        """Counts the next events. Returns how many are left of those that the log held when the
-        partitions were given; math.inf while that is not known."""
+        """Returns, after counting the next events, how many are left of those that the log held
+        when the partitions were given; math.inf while that is not known."""
         if consumer.group_metadata().state == MemberState.REBALANCING:
             # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets it
             # if poll() ends before the join: _perform_assignment() clears the cause.
@@ -179,8 +180,9 @@ class Counts:
             try:
                 held.counts[read_event(message.value)] += 1
             except ValueError as why:
-                self.skipped += 1
-                self.last = f"partition={message.partition} offset={message.offset}: {why}"
+                held.skipped += 1
+                place = f"partition={message.partition} offset={message.offset}"
+                self.skipped_at = f"{place}: {why}"
         if messages:
             held.next_offset = messages[-1].offset + 1
 
@@ -252,9 +254,10 @@ def count_events(consumer: KafkaConsumer, group: str, once: bool) -> str | None:
         if not counts.share or (now < next_report and not last_round and (printed or left)):
             continue
         next_report = now + 1
-        if counts.last:
-            log.warning("malformed events skipped: %d, the last at %s", counts.skipped, counts.last)
-            counts.last = ""
+        if counts.skipped_at:
+            skipped = sum(held.skipped for held in counts.held.values())
+            log.warning("malformed events skipped: %d, the last at %s", skipped, counts.skipped_at)
+            counts.skipped_at = ""
         if 0 < left < math.inf:
             log.info("%s events still to read", f"{left:,.0f}")
         text = printed if left else as_json(counts.held.values())

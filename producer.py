@@ -20,7 +20,6 @@ import uuid
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from kafka import KafkaProducer
@@ -42,7 +41,7 @@ REASONS = {  # what kafka-python says of a connection that fails, in plain words
 # The first three users land on partitions 0, 1 and 2 (of three), the others on 0, 1 and 2 again.
 USERS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice", "dave", "carol"]
 ACTIONS = ["view", "click", "add_to_cart", "purchase"]
-MAX_UNCONFIRMED = 10_000  # events; kafka-python would buffer without limit
+MAX_UNCONFIRMED = 10_000  # kafka-python has no limit; without a pause, they are printed then
 
 log = logging.getLogger("producer.py")
 stopping: list[int] = []  # not empty: told to stop
@@ -63,15 +62,16 @@ class ConnectionLog(logging.Handler):
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
             connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
-            hint = f"{reason}; is Kafka there, and are the security settings right?"
-            self.reason = next((REASONS[words] for words in REASONS if words in reason), hint)
-            if connection.broker_version:  # it had found Kafka, and was logging in
-                self.reason = f"authentication failed ({reason})"
+            plain = next((REASONS[words] for words in REASONS if words in reason), "")
+            # Where Kafka has answered before, it was the login that failed.
+            login = f"authentication failed ({reason})" if connection.broker_version else ""
+            hint = "is Kafka there, and are the security settings right?"
+            self.reason = plain or login or f"{reason}; {hint}"
             # One broker of several may go: Kafka is lost with the last connection.
             connections.difference_update([c for c in connections if not c.connected])
             if self.lost is False and not connections:
                 self.lost = True
-                log.info("lost the connection to Kafka (%s); trying again until it is back", reason)
+                log.info("no connection to Kafka (%s); trying again until there is one", reason)
 
 
 def connect(client: Any, **settings: Any) -> Any:
@@ -83,8 +83,9 @@ def connect(client: Any, **settings: Any) -> Any:
     for name, value in SECURITY.items():
         if name not in client.DEFAULT_CONFIG:  # the client would show it with its value
             sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
-        if name.endswith("file") and not Path(value).exists():  # and would not say which file
-            sys.exit(f"no connection to Kafka: no such file: {value}")
+        # The client would not say which; Path() raises where the value is a key, not its file.
+        if name.endswith("file") and not os.path.exists(value):  # noqa: PTH110
+            sys.exit(f"no connection to Kafka: KAFKA_{name.upper()} is not the name of a file")
     # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
@@ -100,7 +101,7 @@ def connect(client: Any, **settings: Any) -> Any:
     error = connecting.exception() if connecting.done() else connection_log.reason
     if error:
         log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
-        os._exit(1)
+        os._exit(1)  # sys.exit() would wait for the thread
     return connecting.result()
 
 
@@ -118,16 +119,17 @@ class Deliveries:
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
-        self.unconfirmed: list[tuple[str, str, Any]] = []  # key, value, the future of its place
+        # Key, value, and kafka-python's future, which will tell the place in the log.
+        self.unconfirmed: list[tuple[str, str, Any]] = []
         self.delivered = self.failed = 0
-        self.status: str | None = None
+        self.status = 0
 
     def send(self, producer: KafkaProducer, event: dict[str, str]) -> None:
         key, value = event["user_id"], json.dumps(event)
         try:
             future = producer.send(TOPIC, key=key.encode(), value=value.encode())
             self.unconfirmed.append((key, value, future))
-        except (KafkaError, TypeError, ValueError) as error:  # the topic has just been deleted
+        except (KafkaError, TypeError, ValueError) as error:  # the topic is gone, for example
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
@@ -135,9 +137,8 @@ class Deliveries:
             log.error("not delivered: %s", error)
         self.failed += 1
 
-    def settle(self, seconds: float) -> None:
-        """Waits so long, then prints the events that Kafka has confirmed by now."""
-        time.sleep(seconds)
+    def settle(self) -> None:
+        """Prints the events that Kafka has confirmed by now."""
         lines = []
         waiting, self.unconfirmed = self.unconfirmed, []
         for key, value, future in waiting:
@@ -156,24 +157,26 @@ class Deliveries:
         except OSError as error:  # send no more, but settle what has been sent
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
             if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows
-                self.status = f"cannot write the output: {error.strerror}"
+                self.status = 1
+                log.error("cannot write the output: %s", error.strerror)
             stopping.append(0)
 
 
 def send_events(
-    producer: KafkaProducer, events: Deliveries, count: int | None, interval: float
+    producer: KafkaProducer, deliveries: Deliveries, count: int | None, interval: float
 ) -> None:
     """Until all are delivered, one has failed for good, or it is told to stop."""
     sent, next_send = 0, time.monotonic()
-    while not (stopping or events.failed or events.delivered == count):
+    while not (stopping or deliveries.failed or deliveries.delivered == count):
         now = time.monotonic()
-        may_send = sent != count and len(events.unconfirmed) < MAX_UNCONFIRMED
+        may_send = sent != count and len(deliveries.unconfirmed) < MAX_UNCONFIRMED
         if may_send and now >= next_send:
-            events.send(producer, random_event())
+            deliveries.send(producer, random_event())
             sent, next_send = sent + 1, now + interval
-        pause = next_send - now if may_send else 0.01
+        pause = next_send - now if may_send else 0.01  # soon there will be more confirmed
         if pause > 0:
-            events.settle(min(pause, 0.1))  # no longer, for a signal does not cut it short
+            time.sleep(min(pause, 0.1))  # no longer, for a signal does not cut it short
+            deliveries.settle()
 
 
 def main() -> None:
@@ -199,7 +202,7 @@ def main() -> None:
     try:
         producer.partitions_for(TOPIC)
     except KafkaTimeoutError:
-        if not any(connection.connected for connection in connections):
+        if not any(connection.connected for connection in list(connections)):
             sys.exit(f"no connection to the brokers that {BOOTSTRAP_SERVERS} names")
         how = f"python -m kafka.admin -b {BOOTSTRAP_SERVERS.split(',')[0]} topics create -t {TOPIC}"
         sys.exit(f"there is no topic {TOPIC}; create it with `{how} --num-partitions 3`")
@@ -207,19 +210,20 @@ def main() -> None:
         sys.exit(f"no way to write to the topic {TOPIC}: {error}")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, _: stopping.append(number))
-    events = Deliveries(options.quiet)
-    send_events(producer, events, options.count, options.interval)
+    deliveries = Deliveries(options.quiet)
+    send_events(producer, deliveries, options.count, options.interval)
     deadline = time.monotonic() + 10
-    while events.unconfirmed and time.monotonic() < deadline:
-        events.settle(0.1)
-    failed = events.failed + len(events.unconfirmed)  # some of the latter may be in the log
-    log.info("%d delivered, %d failed", events.delivered, failed)
+    while deliveries.unconfirmed and time.monotonic() < deadline:
+        time.sleep(0.1)
+        deliveries.settle()
+    failed = deliveries.failed + len(deliveries.unconfirmed)  # some of the latter may be in the log
+    log.info("%d delivered, %d failed", deliveries.delivered, failed)
     if failed:
         # Without a broker, close() of kafka-python 3.0.12 does not end: once a batch has expired,
         # RecordAccumulator waits for a new producer id, and lets no other batch expire.
         os._exit(1)
     producer.close(timeout=5)
-    sys.exit(events.status)
+    sys.exit(deliveries.status)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,22 @@ def test_processor_says_why(value: bytes | None, why: str, start: Start, witness
     assert said in processor.err
 
 
+def test_malformed_events_are_counted_once_however_often_they_are_read(
+    start: Start, witness: Witness
+) -> None:
+    witness.create(3)
+    witness.write((number % 3, b"k", b"hello") for number in range(9))
+    processor = start("processor.py")
+    until(lambda: "skipped: 9, " in processor.err, "it says how many there are")
+    consumer = start("consumer.py")
+    until(lambda: "others of event-watchers hold" in processor.err, "the consumer has a share")
+    assert consumer.stop() == 0
+    until(lambda: processor.err.count("everything\n") == 2, "the processor has all again")
+    witness.write([(0, b"k", b"hello")])
+    until(lambda: "skipped: 10, " in processor.err, "there is one more, and no other")
+    assert processor.stop() == 0
+
+
 def test_a_flood_of_malformed_events_neither_floods_stderr_nor_slows_much(
     start: Start, witness: Witness
 ) -> None:

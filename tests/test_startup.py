@@ -147,9 +147,9 @@ def test_output_that_cannot_be_written_is_one_line_and_status_1(
     command = f"{shlex.join(python(*arguments.split()))} >/dev/full"
     script = start(command=["bash", "-c", command])
     assert script.wait() == 1
-    last = "9 delivered, 0 failed\n" if "producer" in arguments else ""
-    assert script.err.endswith("cannot write the output: No space left on device\n")
-    assert last in script.err
+    assert "cannot write the output: No space left on device\n" in script.err
+    if "producer" in arguments:
+        assert script.err.endswith("9 delivered, 0 failed\n")
     assert "Traceback" not in script.err
     assert witness.committed() == {}  # nothing was shown
 
@@ -192,9 +192,9 @@ def test_brokers_that_cannot_be_reached_at_their_own_address(
         producer, *readers = (start(name, address=broker.address) for name in SCRIPTS)
         assert producer.wait() == 1
         lost, last = producer.err.splitlines()
-        assert re.match(r"lost the connection to Kafka \((DNS|\d+ ECONNREFUSED)", lost)
+        assert re.match(r"no connection to Kafka \((DNS|\d+ ECONNREFUSED)", lost)
         assert last == f"no connection to the brokers that {broker.address} names"
         for reader in readers:
-            until(lambda: "lost the connection to Kafka (" in reader.err, "it says so")
+            until(lambda: "no connection to Kafka (" in reader.err, "it says so")
             assert reader.stop(timeout=20) == 0
             assert len(reader.err.splitlines()) == 1
