@@ -133,11 +133,18 @@ def share_line(consumer: KafkaConsumer, settled: bool) -> str:
     return f"none, waiting: there is no topic {TOPIC}, or no right to read it"
 
 
-def show_events(consumer: KafkaConsumer) -> str | None:
-    """Until told to stop: prints the events that come, then commits them.
+def print_events(polled: Any) -> None:
+    for (_, partition), messages in polled.items():
+        place = f"partition={partition} offset="
+        sys.stdout.writelines(
+            f"{place}{message.offset} key={shown(message.key)} {shown(message.value)}\n"
+            for message in messages
+        )
+    sys.stdout.flush()
 
-    Returns why it ended before that, if it did.
-    """
+
+def show_events(consumer: KafkaConsumer) -> None:
+    """Until told to stop: prints the events that come, then commits them."""
     share = said = ""
     known: Any = None  # its generation, member and state in the group
     since, failures, uncommitted = 0.0, 0, False
@@ -151,9 +158,8 @@ def show_events(consumer: KafkaConsumer) -> str | None:
                 # A newcomer gets nothing at first: the others have to give something up for it.
                 share = share_line(consumer, settled=now - since > 2)
             failures = 0
-        except (CorruptRecordError, UnsupportedCodecError) as error:
-            # The next poll() of kafka-python 3.0.12 would not return: fetched_records() loops.
-            return f"cannot read the events: {error}"
+        except (CorruptRecordError, UnsupportedCodecError):
+            raise  # the next poll() of kafka-python 3.0.12 would not return
         except KafkaError as error:
             # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
             # events from its buffer: the positions have moved, but nobody has seen them.
@@ -165,13 +171,7 @@ def show_events(consumer: KafkaConsumer) -> str | None:
         if share and share != said:
             said = share
             log.info("partitions: %s", share)
-        for (_, partition), messages in polled.items():
-            place = f"partition={partition} offset="
-            sys.stdout.writelines(
-                f"{place}{message.offset} key={shown(message.key)} {shown(message.value)}\n"
-                for message in messages
-            )
-        sys.stdout.flush()
+        print_events(polled)
         # Only now: a crash before this line shows these events again, and none is ever lost.
         uncommitted = uncommitted or bool(polled)
         try:
@@ -183,7 +183,6 @@ def show_events(consumer: KafkaConsumer) -> str | None:
             said = ""
         except KafkaError:
             pass  # the positions stay: the next commit covers these events as well
-    return None
 
 
 def main() -> None:
@@ -212,11 +211,13 @@ def main() -> None:
         signal.signal(signum, lambda number, _: stopping.append(number))
     status = None
     try:
-        status = show_events(consumer)
+        show_events(consumer)
     except OSError as error:  # what was not printed is not committed
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows
             status = f"cannot write the output: {error.strerror}"
+    except (CorruptRecordError, UnsupportedCodecError) as error:
+        status = f"cannot read the events: {error}"
     consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
     sys.exit(status)
 

@@ -135,9 +135,10 @@ class Counts:
     membership: Any = None  # generation, member and state in the group; None: to be taken over
     since: float = 0.0  # when it changed
     share: str = ""  # the line about the partitions held; empty until the group has settled
+    failures: int = 0  # of the client, one after another
     skipped_at: str = ""  # where that was, and why; empty when it has been said
 
-    def read_on(self, consumer: KafkaConsumer) -> float:
+    def count_next(self, consumer: KafkaConsumer) -> float:
         """Returns, after counting the next events, how many are left of those that the log held
         when the partitions were given; math.inf while that is not known."""
         if consumer.group_metadata().state == MemberState.REBALANCING:
@@ -197,8 +198,9 @@ def as_json(partitions: Iterable[Held]) -> str:
     return json.dumps(users, indent=2, sort_keys=True)
 
 
-def share_line(consumer: KafkaConsumer, group: str, settled: bool) -> str:
+def share_line(consumer: KafkaConsumer, settled: bool) -> str:
     """Which partitions are counted, in under 100 columns; empty where more may come soon."""
+    group = consumer.group_metadata().group_id
     held = sorted(partition for _, partition in consumer.assignment())
     if not (held or settled):
         return ""
@@ -217,37 +219,38 @@ def share_line(consumer: KafkaConsumer, group: str, settled: bool) -> str:
     return line
 
 
-def count_events(consumer: KafkaConsumer, group: str, once: bool) -> str | None:
-    """Counts, and shows the counts, until told to stop or with `once` until it has shown some.
+def read_on(consumer: KafkaConsumer, counts: Counts) -> float:
+    """As Counts.count_next(), but waits and returns math.inf where Kafka cannot do it just now."""
+    try:
+        left = counts.count_next(consumer)
+        if counts.membership and not counts.share:
+            # A newcomer gets nothing at first: the others have to give something up for it.
+            counts.share = share_line(consumer, settled=time.monotonic() - counts.since > 2)
+        counts.failures = 0
+        return left
+    except (CorruptRecordError, UnsupportedCodecError):
+        raise  # the next poll() of kafka-python 3.0.12 would not return: fetched_records() loops
+    except KafkaError as error:
+        # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
+        # events from its buffer: the positions have moved, but nobody has counted them.
+        counts.membership = None
+        counts.failures += 1
+        if counts.failures == (5 if error.retriable else 1):  # the former pass, as a rule
+            log.warning("cannot go on (%s); trying again", error)
+        time.sleep(0.5)
+        return math.inf
 
-    Returns why it ended before that, if it did.
-    """
+
+def count_events(consumer: KafkaConsumer, once: bool) -> None:
+    """Counts, and shows the counts, until told to stop or with `once` until it has shown some."""
     counts = Counts()
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
     printed = said = ""
-    failures = 0
     next_report = time.monotonic() + 2  # the first counts do not wait for it
     last_round = False
     while not (last_round or (once and printed)):
         last_round = bool(stopping)
-        try:
-            left, now = counts.read_on(consumer), time.monotonic()
-            if counts.membership and not counts.share:
-                # A newcomer gets nothing at first: the others have to give something up for it.
-                counts.share = share_line(consumer, group, settled=now - counts.since > 2)
-            failures = 0
-        except (CorruptRecordError, UnsupportedCodecError) as error:
-            # The next poll() of kafka-python 3.0.12 would not return: fetched_records() loops.
-            return f"cannot read the events: {error}"
-        except KafkaError as error:
-            # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
-            # events from its buffer: the positions have moved, but nobody has counted them.
-            counts.membership = None
-            failures += 1
-            if failures == (5 if error.retriable else 1):  # the former pass, as a rule
-                log.warning("cannot go on (%s); trying again", error)
-            time.sleep(0.5)
-            continue
+        left, now = read_on(consumer, counts), time.monotonic()
         if counts.share and counts.share != said:
             said = counts.share
             log.info(said)
@@ -268,7 +271,6 @@ def count_events(consumer: KafkaConsumer, group: str, once: bool) -> str | None:
                 log.info(said)  # the counts have scrolled it away
             # Printing takes less than a tenth of the time, however many users there are.
             next_report = now + max(1, 15 * (time.monotonic() - now))
-    return None
 
 
 def main() -> None:
@@ -296,11 +298,13 @@ def main() -> None:
         signal.signal(signum, lambda number, _: stopping.append(number))
     status = None
     try:
-        status = count_events(consumer, options.group, options.once)
+        count_events(consumer, options.once)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows
             status = f"cannot write the output: {error.strerror}"
+    except (CorruptRecordError, UnsupportedCodecError) as error:
+        status = f"cannot read the events: {error}"
     consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
     sys.exit(status)
 

@@ -175,31 +175,17 @@ def test_malformed_events_are_counted_once_however_often_they_are_read(
     assert processor.stop() == 0
 
 
-def test_a_flood_of_malformed_events_neither_floods_stderr_nor_slows_much(
-    start: Start, witness: Witness
-) -> None:
-    def time_to_read() -> float:
-        processor = start("processor.py")
-        until(lambda: processor.snapshots, "counts are shown")
-        began = time.monotonic()  # the process is up; what follows is joining and reading
-        assert processor.stop() == 0
-        processor = start("processor.py")
-        until(lambda: processor.snapshots, "counts are shown")
-        elapsed = time.monotonic() - began
-        assert processor.stop() == 0
-        assert len(processor.err.splitlines()) < 3 + elapsed * 1.5, processor.err
-        return elapsed
-
-    witness.create(3)
-    witness.write((number % 3, None, GOOD[number % 4]) for number in range(100_000))
-    good = time_to_read()
-    witness.clean()
+def test_a_flood_of_malformed_events_does_not_flood_stderr(start: Start, witness: Witness) -> None:
     witness.create(3)
     bad = [value for value in MALFORMED.values() if value is None or len(value) < 1000]
     witness.write((number % 3, b"", bad[number % len(bad)]) for number in range(100_000))
-    malformed = time_to_read()
-    print(f"100,000 good events: {good:.1f} s; malformed: {malformed:.1f} s")
-    assert malformed < 3 * good + 2
+    began = time.monotonic()
+    processor = start("processor.py")
+    until(lambda: processor.snapshots, "counts are shown")
+    elapsed = time.monotonic() - began
+    assert processor.stop() == 0
+    assert "malformed events skipped: 100000, " in processor.err
+    assert len(processor.err.splitlines()) < 3 + elapsed * 1.5, processor.err
 
 
 def test_output_that_cannot_be_encoded_is_escaped(start: Start, witness: Witness) -> None:
