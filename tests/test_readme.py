@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from broker import PORT, ROOT, Broker, is_open
 from harness import PATIENCE, Script, Witness, until
@@ -169,7 +170,9 @@ def test_killing_one(tmp_path: Path, broker: Broker) -> None:
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     first = start(one)
-    until(lambda: lines("one") == 100, "it stands still")
+    tree = psutil.Process(first.pid)
+    until(lambda: "sleep" in [p.name() for p in tree.children(recursive=True)], "it stands still")
+    assert lines("one") == 100
     os.killpg(first.pid, signal.SIGQUIT)
     first.wait()
     second = start(two)
