@@ -11,8 +11,9 @@ import pytest
 from broker import Broker, version
 from harness import Script, Start, Witness, python, until
 
-# A shell's background jobs start with Ctrl-C ignored, and would hand that on to the scripts.
+# A shell's background jobs start with Ctrl-C and Ctrl-\ ignored, and would hand that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 # After a kill -9 the controller lets the broker back in when its session is over, 9 s by default;
 # and of the partitions for the groups' offsets, 50 by default, three are sooner restored.
