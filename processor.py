@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import CorruptRecordError, KafkaError, UnsupportedCodecError
 from kafka.structs import MemberState
@@ -128,7 +128,7 @@ class Held:
 
 
 @dataclass
-class Counts:
+class Counts(ConsumerRebalanceListener):
     """The counts of each partition held; the log is their only state."""
 
     held: dict[TopicPartition, Held] = field(default_factory=dict)
@@ -137,6 +137,14 @@ class Counts:
     share: str = ""  # the line about the partitions held; empty until the group has settled
     failures: int = 0  # of the client, one after another
     skipped_at: str = ""  # where that was, and why; empty when it has been said
+
+    def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        """Called within poll(), in which a partition may be lost and regained."""
+        for partition in revoked:
+            self.held.pop(partition, None)
+
+    def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        """take_over() sees to these."""
 
     def count_next(self, consumer: KafkaConsumer) -> float:
         """Returns, after counting the next events, how many are left of those that the log held
@@ -244,6 +252,7 @@ def read_on(consumer: KafkaConsumer, counts: Counts) -> float:
 def count_events(consumer: KafkaConsumer, once: bool) -> None:
     """Counts, and shows the counts, until told to stop or with `once` until it has shown some."""
     counts = Counts()
+    consumer.subscribe([TOPIC], listener=counts)
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
     printed = said = ""
     next_report = time.monotonic() + 2  # the first counts do not wait for it
@@ -293,7 +302,6 @@ def main() -> None:
         fetch_max_wait_ms=100,  # a partition read to its end holds up the others no longer
         max_poll_records=5_000,  # so many events are counted between two looks at the rest
     )
-    consumer.subscribe([TOPIC])
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, _: stopping.append(number))
     status = None
