@@ -328,7 +328,8 @@ def test_a_poll_that_raises_loses_nothing(start: Start, witness: Witness) -> Non
     until(lambda: processor.snapshots, "all events are counted")
     for script in (consumer, processor):
         assert script.stop() == 0
-        assert "cannot go on (UnknownBrokerIdError: 2); trying again" in script.err
+        # Twice it cannot, at most, and each time it says so once.
+        assert 1 <= script.err.count("cannot go on (UnknownBrokerIdError: 2); trying again") <= 2
         assert_plain(script)
     assert shown(consumer) == sorted(map(line, log))
     assert processor.snapshots[0] == count(log)

@@ -165,14 +165,10 @@ def test_killing_one(tmp_path: Path, broker: Broker) -> None:
             start_new_session=True,
         )
 
-    def lines(name: str) -> int:
-        file = project / name
-        return file.read_bytes().count(b"\n") if file.exists() else 0
-
     first = start(one)
     tree = psutil.Process(first.pid)
     until(lambda: "sleep" in [p.name() for p in tree.children(recursive=True)], "it stands still")
-    assert lines("one") == 100
+    assert (project / "one").read_bytes().count(b"\n") == 100
     os.killpg(first.pid, signal.SIGQUIT)
     first.wait()
     second = start(two)
