@@ -18,12 +18,7 @@ from typing import Any
 
 from kafka import KafkaConsumer
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import (
-    CommitFailedError,
-    CorruptRecordError,
-    KafkaError,
-    UnsupportedCodecError,
-)
+from kafka.errors import CommitFailedError, CorruptRecordError, KafkaError, UnsupportedCodecError
 from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
@@ -35,53 +30,52 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-REASONS = {  # what kafka-python says of a connection that fails, in plain words
-    "DNS Resolution failure": "host name not known",
-    "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
-}
 log = logging.getLogger("consumer.py")
 stopping: list[int] = []  # not empty: told to stop
-connections: set[Any] = set()  # those that stand, one or more to each broker
 
 
-class ConnectionLog(logging.Handler):
+class KafkaLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    reason = "no answer"
+    connections: frozenset[Any] = frozenset()  # those that stand, one or more to each broker
     lost: bool | None = None  # None: not connected yet
+    reason = "no answer"
 
     def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
-            connections.update(record.args)
+            self.connections |= {record.args[0]}
             if self.lost:
                 log.info("connected to Kafka again")
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
-            connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
-            plain = next((REASONS[words] for words in REASONS if words in reason), "")
-            # Where Kafka has answered before, it was the login that failed.
-            login = f"authentication failed ({reason})" if connection.broker_version else ""
-            hint = "is Kafka there, and are the security settings right?"
-            self.reason = plain or login or f"{reason}; {hint}"
+            reason = str(record.args[1]).rpartition("Error: ")[2]
+            if "ECONNREFUSED" in reason:
+                start = "run `docker compose up -d` or `python tests/broker.py`"
+                self.reason = f"connection refused; {start}"
+            elif "DNS" in reason:
+                self.reason = "host name not known"
+            elif record.args[0].broker_version:  # Kafka has answered: it was the login that failed
+                self.reason = f"authentication failed ({reason})"
+            else:
+                self.reason = f"{reason}; is Kafka there, and are the security settings right?"
             # One broker of several may go: Kafka is lost with the last connection.
-            connections.difference_update([c for c in connections if not c.connected])
-            if self.lost is False and not connections:
+            self.connections = frozenset(c for c in self.connections if c.connected)
+            if self.lost is False and not self.connections:
                 self.lost = True
                 log.info("no connection to Kafka (%s); trying again until there is one", reason)
+
+
+kafka_log = KafkaLog()
 
 
 def connect(client: Any, **settings: Any) -> Any:
     """A connected client. Without one in 10 s it ends the script: the reason, and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("kafka").addHandler(connection_log := ConnectionLog())
+    logging.getLogger("kafka").addHandler(kafka_log)
     logging.getLogger("kafka").propagate = False
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
-    for name, value in SECURITY.items():
-        if name not in client.DEFAULT_CONFIG:  # the client would show it with its value
-            sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
-        # The client would not say which; Path() raises where the value is a key, not its file.
-        if name.endswith("file") and not os.path.exists(value):  # noqa: PTH110
-            sys.exit(f"no connection to Kafka: KAFKA_{name.upper()} is not the name of a file")
+    if unknown := SECURITY.keys() - client.DEFAULT_CONFIG:  # the client would show their values
+        sys.exit(f"no connection to Kafka: unknown setting KAFKA_{unknown.pop().upper()}")
     # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
@@ -94,7 +88,7 @@ def connect(client: Any, **settings: Any) -> Any:
     if wait([connecting], timeout=2).not_done:
         log.info("not connected to %s yet", BOOTSTRAP_SERVERS)
     wait([connecting], timeout=8)
-    error = connecting.exception() if connecting.done() else connection_log.reason
+    error = connecting.exception() if connecting.done() else kafka_log.reason
     if error:
         log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
         os._exit(1)  # sys.exit() would wait for the thread
@@ -111,28 +105,6 @@ def shown(data: bytes | None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def poll(consumer: KafkaConsumer, rewind: bool) -> Any:
-    """The next events by partition; `rewind`: from where the group has committed."""
-    if rewind:
-        for partition in consumer.assignment():
-            consumer.seek(partition, consumer.committed(partition, timeout_ms=1_000) or 0)
-    if consumer.group_metadata().state == MemberState.REBALANCING:
-        # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets it if
-        # poll() ends before the join: _perform_assignment() clears the cause.
-        consumer._coordinator.request_rejoin()
-    return consumer.poll(timeout_ms=500)
-
-
-def share_line(consumer: KafkaConsumer, settled: bool) -> str:
-    """Which partitions it has; empty where some may come soon."""
-    held = sorted(partition for _, partition in consumer.assignment())
-    if held or not settled:
-        return ", ".join(map(str, held))
-    if consumer.partitions_for_topic(TOPIC):
-        return "none, others have them"
-    return f"none, waiting: there is no topic {TOPIC}, or no right to read it"
-
-
 def print_events(polled: Any) -> None:
     for (_, partition), messages in polled.items():
         place = f"partition={partition} offset="
@@ -143,26 +115,43 @@ def print_events(polled: Any) -> None:
     sys.stdout.flush()
 
 
+def share_line(consumer: KafkaConsumer, settled: bool) -> str:
+    """Which partitions it has; empty where some may come soon.
+
+    A newcomer gets nothing at first: the others have to give something up for it.
+    """
+    held = sorted(partition for _, partition in consumer.assignment())
+    if held or not settled:
+        return ", ".join(map(str, held))
+    if consumer.partitions_for_topic(TOPIC):
+        return "none, others have them"
+    return f"none, waiting: there is no topic {TOPIC}, or no right to read it"
+
+
 def show_events(consumer: KafkaConsumer) -> None:
     """Until told to stop: prints the events that come, then commits them."""
-    share = said = ""
-    known: Any = None  # its generation, member and state in the group
-    since, failures, uncommitted = 0.0, 0, False
+    known, since, failures = consumer.group_metadata(), 0.0, 0
+    share, said, uncommitted = "", "", False
     while not stopping:
         try:
-            polled, now = poll(consumer, rewind=failures > 0), time.monotonic()
-            membership = consumer.group_metadata()
-            if membership != known:
-                known, since, share = membership, now, ""
-            if membership.state == MemberState.STABLE and not share:
-                # A newcomer gets nothing at first: the others have to give something up for it.
-                share = share_line(consumer, settled=now - since > 2)
+            if failures:
+                # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
+                # events from its buffer: the positions have moved, but nobody has seen them.
+                for partition in consumer.assignment():
+                    consumer.seek(partition, consumer.committed(partition, timeout_ms=1_000) or 0)
+            if known.state == MemberState.REBALANCING:
+                # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets
+                # it if poll() ends before the join: _perform_assignment() clears the cause.
+                consumer._coordinator.request_rejoin()
+            polled = consumer.poll(timeout_ms=500)
+            if (membership := consumer.group_metadata()) != known:
+                known, since, share = membership, time.monotonic(), ""
+            if known.state == MemberState.STABLE and not share:
+                share = share_line(consumer, settled=time.monotonic() - since > 2)
             failures = 0
-        except (CorruptRecordError, UnsupportedCodecError):
-            raise  # the next poll() of kafka-python 3.0.12 would not return
+        except (CorruptRecordError, UnsupportedCodecError) as error:
+            sys.exit(f"cannot read the events: {error}")  # kafka-python 3.0.12 loops in poll() now
         except KafkaError as error:
-            # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
-            # events from its buffer: the positions have moved, but nobody has seen them.
             failures += 1
             if failures == (5 if error.retriable else 1):  # the former pass, as a rule
                 log.warning("cannot go on (%s); trying again", error)
@@ -209,17 +198,14 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, _: stopping.append(number))
-    status = None
     try:
         show_events(consumer)
     except OSError as error:  # what was not printed is not committed
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows
-            status = f"cannot write the output: {error.strerror}"
-    except (CorruptRecordError, UnsupportedCodecError) as error:
-        status = f"cannot read the events: {error}"
-    consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
-    sys.exit(status)
+            sys.exit(f"cannot write the output: {error.strerror}")
+    finally:
+        consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
 
 
 if __name__ == "__main__":

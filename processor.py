@@ -16,7 +16,6 @@ import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,53 +34,52 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-REASONS = {  # what kafka-python says of a connection that fails, in plain words
-    "DNS Resolution failure": "host name not known",
-    "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
-}
 log = logging.getLogger("processor.py")
 stopping: list[int] = []  # not empty: told to stop
-connections: set[Any] = set()  # those that stand, one or more to each broker
 
 
-class ConnectionLog(logging.Handler):
+class KafkaLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    reason = "no answer"
+    connections: frozenset[Any] = frozenset()  # those that stand, one or more to each broker
     lost: bool | None = None  # None: not connected yet
+    reason = "no answer"
 
     def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
-            connections.update(record.args)
+            self.connections |= {record.args[0]}
             if self.lost:
                 log.info("connected to Kafka again")
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
-            connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
-            plain = next((REASONS[words] for words in REASONS if words in reason), "")
-            # Where Kafka has answered before, it was the login that failed.
-            login = f"authentication failed ({reason})" if connection.broker_version else ""
-            hint = "is Kafka there, and are the security settings right?"
-            self.reason = plain or login or f"{reason}; {hint}"
+            reason = str(record.args[1]).rpartition("Error: ")[2]
+            if "ECONNREFUSED" in reason:
+                start = "run `docker compose up -d` or `python tests/broker.py`"
+                self.reason = f"connection refused; {start}"
+            elif "DNS" in reason:
+                self.reason = "host name not known"
+            elif record.args[0].broker_version:  # Kafka has answered: it was the login that failed
+                self.reason = f"authentication failed ({reason})"
+            else:
+                self.reason = f"{reason}; is Kafka there, and are the security settings right?"
             # One broker of several may go: Kafka is lost with the last connection.
-            connections.difference_update([c for c in connections if not c.connected])
-            if self.lost is False and not connections:
+            self.connections = frozenset(c for c in self.connections if c.connected)
+            if self.lost is False and not self.connections:
                 self.lost = True
                 log.info("no connection to Kafka (%s); trying again until there is one", reason)
+
+
+kafka_log = KafkaLog()
 
 
 def connect(client: Any, **settings: Any) -> Any:
     """A connected client. Without one in 10 s it ends the script: the reason, and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("kafka").addHandler(connection_log := ConnectionLog())
+    logging.getLogger("kafka").addHandler(kafka_log)
     logging.getLogger("kafka").propagate = False
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
-    for name, value in SECURITY.items():
-        if name not in client.DEFAULT_CONFIG:  # the client would show it with its value
-            sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
-        # The client would not say which; Path() raises where the value is a key, not its file.
-        if name.endswith("file") and not os.path.exists(value):  # noqa: PTH110
-            sys.exit(f"no connection to Kafka: KAFKA_{name.upper()} is not the name of a file")
+    if unknown := SECURITY.keys() - client.DEFAULT_CONFIG:  # the client would show their values
+        sys.exit(f"no connection to Kafka: unknown setting KAFKA_{unknown.pop().upper()}")
     # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
@@ -94,7 +92,7 @@ def connect(client: Any, **settings: Any) -> Any:
     if wait([connecting], timeout=2).not_done:
         log.info("not connected to %s yet", BOOTSTRAP_SERVERS)
     wait([connecting], timeout=8)
-    error = connecting.exception() if connecting.done() else connection_log.reason
+    error = connecting.exception() if connecting.done() else kafka_log.reason
     if error:
         log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
         os._exit(1)  # sys.exit() would wait for the thread
@@ -123,163 +121,162 @@ class Held:
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     next_offset: int = 0  # of the event to count next
-    log_end: int = 0  # when the partition was given
-    skipped: int = 0  # malformed events
+    log_end: int | None = None  # when the partition was given; None: to be looked up
+    malformed: int = 0
 
 
-@dataclass
 class Counts(ConsumerRebalanceListener):
-    """The counts of each partition held; the log is their only state."""
+    """The counts of each partition held, from its first event on: the log is their only state."""
 
-    held: dict[TopicPartition, Held] = field(default_factory=dict)
-    membership: Any = None  # generation, member and state in the group; None: to be taken over
-    since: float = 0.0  # when it changed
-    share: str = ""  # the line about the partitions held; empty until the group has settled
-    failures: int = 0  # of the client, one after another
-    skipped_at: str = ""  # where that was, and why; empty when it has been said
+    def __init__(self, consumer: KafkaConsumer) -> None:
+        self.consumer = consumer
+        self.held: dict[TopicPartition, Held] = {}
+        self.last_malformed = ""  # where that was, and why; empty when it has been said
 
     def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        """Called within poll(), in which a partition may be lost and regained."""
+        """Called within poll(), in which a partition may be lost and given again."""
         for partition in revoked:
             self.held.pop(partition, None)
 
-    def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        """take_over() sees to these."""
+    def on_partitions_assigned(self, _: Any) -> None:
+        self.take_over()
 
-    def count_next(self, consumer: KafkaConsumer) -> float:
+    def take_over(self) -> None:
+        """Goes on where it was in the partitions that it keeps, and starts the new ones at 0."""
+        self.held = {p: self.held.get(p) or Held() for p in self.consumer.assignment()}
+        for partition, held in self.held.items():
+            self.consumer.seek(partition, held.next_offset)
+            held.log_end = None
+
+    def count_next(self) -> float:
         """Returns, after counting the next events, how many are left of those that the log held
         when the partitions were given; math.inf while that is not known."""
-        if consumer.group_metadata().state == MemberState.REBALANCING:
-            # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets it
-            # if poll() ends before the join: _perform_assignment() clears the cause.
-            consumer._coordinator.request_rejoin()
-        polled = consumer.poll(timeout_ms=250)
-        membership = consumer.group_metadata()
-        if membership != self.membership:  # after a rebalance, what was polled may start anywhere
-            self.membership, self.since, self.share = None, time.monotonic(), ""
-            if membership.state == MemberState.STABLE:
-                self.take_over(consumer)
-                self.membership = membership
-            return math.inf
+        polled = self.consumer.poll(timeout_ms=250)
         left = 0.0
         for partition, held in self.held.items():
+            if held.log_end is None:
+                # One by one: of several, kafka-python 3.0.12 raises KeyError if one has no leader.
+                ends = self.consumer.end_offsets([partition], timeout_ms=1_000)
+                held.log_end = ends[partition]
             messages = polled.get(partition, [])
             # position() is not the last offset counted: retention and compaction leave gaps.
-            position = messages[0].offset if messages else consumer.position(partition, 0)
+            position = messages[0].offset if messages else self.consumer.position(partition, 0)
             if position is None:  # it is being looked up
                 left = math.inf
             elif position < held.next_offset:  # the topic was deleted and created anew
-                self.held, self.membership = {}, None
+                self.held = {}
+                self.take_over()
                 return math.inf
             else:
                 self.add(held, messages)
                 left += max(0, held.log_end - max(position, held.next_offset))
         return left
 
-    def take_over(self, consumer: KafkaConsumer) -> None:
-        """Goes on where it was in the partitions that it keeps, and starts the new ones at 0."""
-        self.held = {p: self.held.get(p) or Held() for p in consumer.assignment()}
-        for partition, held in self.held.items():
-            consumer.seek(partition, held.next_offset)
-            # One by one: of several, kafka-python 3.0.12 raises KeyError if one has no leader.
-            held.log_end = consumer.end_offsets([partition], timeout_ms=1_000)[partition]
-
     def add(self, held: Held, messages: list[Any]) -> None:
         for message in messages:
             try:
                 held.counts[read_event(message.value)] += 1
             except ValueError as why:
-                held.skipped += 1
+                held.malformed += 1
                 place = f"partition={message.partition} offset={message.offset}"
-                self.skipped_at = f"{place}: {why}"
+                self.last_malformed = f"{place}: {why}"
         if messages:
             held.next_offset = messages[-1].offset + 1
 
-
-def as_json(partitions: Iterable[Held]) -> str:
-    """The counts of these partitions together: users, and how often each did what."""
-    users: dict[str, Counter[str]] = {}
-    for held in partitions:
-        for (user_id, action), number in held.counts.items():
-            users.setdefault(user_id, Counter())[action] += number
-    # json.dumps() escapes all but ASCII, so that no user_id can drive the terminal.
-    return json.dumps(users, indent=2, sort_keys=True)
+    def as_json(self) -> str:
+        """Users, and how often each did what."""
+        users: dict[str, Counter[str]] = {}
+        for held in self.held.values():
+            for (user_id, action), number in held.counts.items():
+                users.setdefault(user_id, Counter())[action] += number
+        # json.dumps() escapes all but ASCII, so that no user_id can drive the terminal.
+        return json.dumps(users, indent=2, sort_keys=True)
 
 
 def share_line(consumer: KafkaConsumer, settled: bool) -> str:
-    """Which partitions are counted, in under 100 columns; empty where more may come soon."""
+    """Which partitions it counts, in under 100 columns; empty where more may come soon.
+
+    A newcomer gets nothing at first: the others have to give something up for it.
+    """
     group = consumer.group_metadata().group_id
     held = sorted(partition for _, partition in consumer.assignment())
-    if not (held or settled):
-        return ""
-    everything = consumer.partitions_for_topic(TOPIC)
-    if not everything:
-        return f"counting nothing, waiting: there is no topic {TOPIC}, or no right to read it"
-    others = sorted(everything.difference(held))
+    others = sorted(consumer.partitions_for_topic(TOPIC).difference(held))
     counting = f"counting partition{'s' * (len(held) > 1)} {', '.join(map(str, held))}"
-    if not others or not settled:
-        return "" if others else f"{counting}: everything"
+    if held and not others:
+        return f"{counting}: everything"
+    if not settled:
+        return ""
+    if not others:
+        return f"counting nothing, waiting: there is no topic {TOPIC}, or no right to read it"
     counting = f"{counting} only" if held else "counting nothing"
     how = f"(everything: --group {'other' if group == 'mine' else 'mine'})"
     line = f"{counting}; others of {group} hold {', '.join(map(str, others))} {how}"
     if len(line) >= 100:
-        line = f"counting {len(held)} of {len(everything)} partitions {how}"
+        line = f"counting {len(held)} of {len(held) + len(others)} partitions {how}"
     return line
 
 
-def read_on(consumer: KafkaConsumer, counts: Counts) -> float:
-    """As Counts.count_next(), but waits and returns math.inf where Kafka cannot do it just now."""
-    try:
-        left = counts.count_next(consumer)
-        if counts.membership and not counts.share:
-            # A newcomer gets nothing at first: the others have to give something up for it.
-            counts.share = share_line(consumer, settled=time.monotonic() - counts.since > 2)
-        counts.failures = 0
-        return left
-    except (CorruptRecordError, UnsupportedCodecError):
-        raise  # the next poll() of kafka-python 3.0.12 would not return: fetched_records() loops
-    except KafkaError as error:
-        # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
-        # events from its buffer: the positions have moved, but nobody has counted them.
-        counts.membership = None
-        counts.failures += 1
-        if counts.failures == (5 if error.retriable else 1):  # the former pass, as a rule
-            log.warning("cannot go on (%s); trying again", error)
-        time.sleep(0.5)
-        return math.inf
+def report(counts: Counts, left: float, printed: str, share: str) -> str:
+    """Says what was skipped and how much is left to read; where nothing is, shows the counts.
+
+    Returns the counts shown last, `printed` if these are the same.
+    """
+    if counts.last_malformed:
+        number = sum(held.malformed for held in counts.held.values())
+        log.warning("malformed events skipped: %d, the last at %s", number, counts.last_malformed)
+        counts.last_malformed = ""
+    if 0 < left < math.inf:
+        log.info("%s events still to read", f"{left:,.0f}")
+    text = printed if left else counts.as_json()
+    if text != printed and (counts.held or printed):
+        print(text, flush=True)
+        if "(everything" in share and sys.stdout.isatty() and sys.stderr.isatty():
+            log.info(share)  # the counts have scrolled it away
+        printed = text
+    return printed
 
 
 def count_events(consumer: KafkaConsumer, once: bool) -> None:
     """Counts, and shows the counts, until told to stop or with `once` until it has shown some."""
-    counts = Counts()
+    counts = Counts(consumer)
     consumer.subscribe([TOPIC], listener=counts)
-    terminal = sys.stdout.isatty() and sys.stderr.isatty()
-    printed = said = ""
+    known, since, failures = consumer.group_metadata(), 0.0, 0
+    printed = share = said = ""
     next_report = time.monotonic() + 2  # the first counts do not wait for it
     last_round = False
     while not (last_round or (once and printed)):
         last_round = bool(stopping)
-        left, now = read_on(consumer, counts), time.monotonic()
-        if counts.share and counts.share != said:
-            said = counts.share
-            log.info(said)
-        if not counts.share or (now < next_report and not last_round and (printed or left)):
+        try:
+            if failures:
+                # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
+                # events from its buffer: the positions have moved, but nobody has counted them.
+                counts.take_over()
+            if known.state == MemberState.REBALANCING:
+                # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets
+                # it if poll() ends before the join: _perform_assignment() clears the cause.
+                consumer._coordinator.request_rejoin()
+            left, now = counts.count_next(), time.monotonic()
+            if (membership := consumer.group_metadata()) != known:
+                known, since, share = membership, now, ""
+            if known.state == MemberState.STABLE and not share:
+                share = share_line(consumer, settled=now - since > 2)
+            failures = 0
+        except (CorruptRecordError, UnsupportedCodecError) as error:
+            sys.exit(f"cannot read the events: {error}")  # kafka-python 3.0.12 loops in poll() now
+        except KafkaError as error:
+            failures += 1
+            if failures == (5 if error.retriable else 1):  # the former pass, as a rule
+                log.warning("cannot go on (%s); trying again", error)
+            time.sleep(0.5)
             continue
-        next_report = now + 1
-        if counts.skipped_at:
-            skipped = sum(held.skipped for held in counts.held.values())
-            log.warning("malformed events skipped: %d, the last at %s", skipped, counts.skipped_at)
-            counts.skipped_at = ""
-        if 0 < left < math.inf:
-            log.info("%s events still to read", f"{left:,.0f}")
-        text = printed if left else as_json(counts.held.values())
-        if text != printed and (counts.held or printed):
-            print(text, flush=True)
-            printed = text
-            if terminal and "(everything" in said:
-                log.info(said)  # the counts have scrolled it away
-            # Printing takes less than a tenth of the time, however many users there are.
-            next_report = now + max(1, 15 * (time.monotonic() - now))
+        if share and share != said:
+            said = share
+            log.info(said)
+        if not share or (now < next_report and not last_round and (printed or left)):
+            continue
+        printed = report(counts, left, printed, share)
+        # Printing takes less than a tenth of the time, however many users there are.
+        next_report = now + max(1, 15 * (time.monotonic() - now))
 
 
 def main() -> None:
@@ -304,17 +301,14 @@ def main() -> None:
     )
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, _: stopping.append(number))
-    status = None
     try:
         count_events(consumer, options.once)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # | head has read enough; on Windows
-            status = f"cannot write the output: {error.strerror}"
-    except (CorruptRecordError, UnsupportedCodecError) as error:
-        status = f"cannot read the events: {error}"
-    consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
-    sys.exit(status)
+            sys.exit(f"cannot write the output: {error.strerror}")
+    finally:
+        consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError
+from kafka.future import Future
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
@@ -34,10 +35,6 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-REASONS = {  # what kafka-python says of a connection that fails, in plain words
-    "DNS Resolution failure": "host name not known",
-    "ECONNREFUSED": "connection refused; run `docker compose up -d` or `python tests/broker.py`",
-}
 # The first three users land on partitions 0, 1 and 2 (of three), the others on 0, 1 and 2 again.
 USERS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice", "dave", "carol"]
 ACTIONS = ["view", "click", "add_to_cart", "purchase"]
@@ -45,47 +42,50 @@ MAX_UNCONFIRMED = 10_000  # kafka-python has no limit; without a pause, they are
 
 log = logging.getLogger("producer.py")
 stopping: list[int] = []  # not empty: told to stop
-connections: set[Any] = set()  # those that stand, one or more to each broker
 
 
-class ConnectionLog(logging.Handler):
+class KafkaLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
-    reason = "no answer"
+    connections: frozenset[Any] = frozenset()  # those that stand, one or more to each broker
     lost: bool | None = None  # None: not connected yet
+    reason = "no answer"
 
     def emit(self, record: Any) -> None:
         if record.msg == "%s: Connected":
-            connections.update(record.args)
+            self.connections |= {record.args[0]}
             if self.lost:
                 log.info("connected to Kafka again")
             self.lost = False
         elif record.msg == "%s: Connection lost: %s":
-            connection, reason = record.args[0], str(record.args[1]).rpartition("Error: ")[2]
-            plain = next((REASONS[words] for words in REASONS if words in reason), "")
-            # Where Kafka has answered before, it was the login that failed.
-            login = f"authentication failed ({reason})" if connection.broker_version else ""
-            hint = "is Kafka there, and are the security settings right?"
-            self.reason = plain or login or f"{reason}; {hint}"
+            reason = str(record.args[1]).rpartition("Error: ")[2]
+            if "ECONNREFUSED" in reason:
+                start = "run `docker compose up -d` or `python tests/broker.py`"
+                self.reason = f"connection refused; {start}"
+            elif "DNS" in reason:
+                self.reason = "host name not known"
+            elif record.args[0].broker_version:  # Kafka has answered: it was the login that failed
+                self.reason = f"authentication failed ({reason})"
+            else:
+                self.reason = f"{reason}; is Kafka there, and are the security settings right?"
             # One broker of several may go: Kafka is lost with the last connection.
-            connections.difference_update([c for c in connections if not c.connected])
-            if self.lost is False and not connections:
+            self.connections = frozenset(c for c in self.connections if c.connected)
+            if self.lost is False and not self.connections:
                 self.lost = True
                 log.info("no connection to Kafka (%s); trying again until there is one", reason)
+
+
+kafka_log = KafkaLog()
 
 
 def connect(client: Any, **settings: Any) -> Any:
     """A connected client. Without one in 10 s it ends the script: the reason, and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("kafka").addHandler(connection_log := ConnectionLog())
+    logging.getLogger("kafka").addHandler(kafka_log)
     logging.getLogger("kafka").propagate = False
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
-    for name, value in SECURITY.items():
-        if name not in client.DEFAULT_CONFIG:  # the client would show it with its value
-            sys.exit(f"no connection to Kafka: unknown setting KAFKA_{name.upper()}")
-        # The client would not say which; Path() raises where the value is a key, not its file.
-        if name.endswith("file") and not os.path.exists(value):  # noqa: PTH110
-            sys.exit(f"no connection to Kafka: KAFKA_{name.upper()} is not the name of a file")
+    if unknown := SECURITY.keys() - client.DEFAULT_CONFIG:  # the client would show their values
+        sys.exit(f"no connection to Kafka: unknown setting KAFKA_{unknown.pop().upper()}")
     # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
@@ -98,7 +98,7 @@ def connect(client: Any, **settings: Any) -> Any:
     if wait([connecting], timeout=2).not_done:
         log.info("not connected to %s yet", BOOTSTRAP_SERVERS)
     wait([connecting], timeout=8)
-    error = connecting.exception() if connecting.done() else connection_log.reason
+    error = connecting.exception() if connecting.done() else kafka_log.reason
     if error:
         log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
         os._exit(1)  # sys.exit() would wait for the thread
@@ -128,14 +128,9 @@ class Deliveries:
         key, value = event["user_id"], json.dumps(event)
         try:
             future = producer.send(TOPIC, key=key.encode(), value=value.encode())
-            self.unconfirmed.append((key, value, future))
         except (KafkaError, TypeError, ValueError) as error:  # the topic is gone, for example
-            self.fail(error)
-
-    def fail(self, error: Exception) -> None:
-        if not self.failed:
-            log.error("not delivered: %s", error)
-        self.failed += 1
+            future = Future().failure(error)
+        self.unconfirmed.append((key, value, future))
 
     def settle(self) -> None:
         """Prints the events that Kafka has confirmed by now."""
@@ -145,7 +140,9 @@ class Deliveries:
             if not future.is_done:
                 self.unconfirmed.append((key, value, future))
             elif future.exception:
-                self.fail(future.exception)
+                if not self.failed:
+                    log.error("not delivered: %s", future.exception)
+                self.failed += 1
             else:
                 place = f"partition={future.value.partition} offset={future.value.offset}"
                 lines.append(f"{place} key={key} {value}\n")
@@ -202,7 +199,7 @@ def main() -> None:
     try:
         producer.partitions_for(TOPIC)
     except KafkaTimeoutError:
-        if not any(connection.connected for connection in list(connections)):
+        if kafka_log.lost:
             sys.exit(f"no connection to the brokers that {BOOTSTRAP_SERVERS} names")
         how = f"python -m kafka.admin -b {BOOTSTRAP_SERVERS.split(',')[0]} topics create -t {TOPIC}"
         sys.exit(f"there is no topic {TOPIC}; create it with `{how} --num-partitions 3`")

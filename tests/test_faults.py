@@ -161,6 +161,7 @@ def test_members_come_and_go_and_crash_at_random(start: Start, witness: Witness)
     consumers = [m for m in (*members, *gone) if "consumer.py" in m.command[1]]
     for consumer in consumers:
         if consumer in members:
+            until(lambda: consumer.err, "it is in the group")
             assert consumer.stop() == 0
     until(settled(witness, len(processors)), "the processors hold everything")
     until(
@@ -172,6 +173,7 @@ def test_members_come_and_go_and_crash_at_random(start: Start, witness: Witness)
     consumers.append(start("consumer.py"))
     everything = {line(message) for message in log}
     until(lambda: {*shown(*consumers)} >= everything, "every event was shown")
+    until(lambda: consumers[-1].err, "it is in the group")
     assert consumers[-1].stop() == 0
     for member in (*members, *gone):
         assert_plain(member)

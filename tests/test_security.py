@@ -171,7 +171,7 @@ def wrong_ways(secured: SecuredBroker) -> Iterator[tuple[dict[str, str], str]]:
         good | {"KAFKA_BOOTSTRAP_SERVERS": secured.sasl.replace("localhost", "127.0.0.1")},
         "certificate verify failed: IP address mismatch",
     )
-    no_file = "KAFKA_SSL_CAFILE is not the name of a file$"
+    no_file = r"(No such file or directory|File name too long); is Kafka there"
     yield good | {"KAFKA_SSL_CAFILE": "/no/ca.pem"}, no_file
     yield good | {"KAFKA_SSL_CAFILE": PASSWORD * 100}, no_file  # a key instead of its file, say
     yield good | {"KAFKA_SSL_CAFILE": __file__}, "no certificate"
@@ -203,7 +203,7 @@ def test_every_wrong_way_has_its_reason(name: str, start: Start, secured: Secure
         assert script.out == ""
         *early, last = script.err.splitlines()
         assert early in ([], [f"not connected to {address} yet"])
-        tried = not re.match("KAFKA_SSL_CAFILE is|unknown setting", reason)
+        tried = not reason.startswith("unknown setting")
         where = f" at {address}" if tried else ""
         assert re.match(f"no connection to Kafka{where}: .*{reason}", last, re.IGNORECASE), last
         for nowhere in ("docker", "broker.py", PASSWORD, "Traceback"):
