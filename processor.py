@@ -160,7 +160,7 @@ class Counts(ConsumerRebalanceListener):
                 held.log_end = ends[partition]
             messages = polled.get(partition, [])
             # position() is not the last offset counted: retention and compaction leave gaps.
-            position = messages[0].offset if messages else self.consumer.position(partition, 0)
+            position = messages[0].offset if messages else self.consumer.position(partition, 1_000)
             if position is None:  # it is being looked up
                 left = math.inf
             elif position < held.next_offset:  # the topic was deleted and created anew

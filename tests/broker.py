@@ -10,6 +10,7 @@ COMMAND finds Kafka by KAFKA_BOOTSTRAP_SERVERS in its environment; its exit stat
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import random
@@ -39,6 +40,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 9092  # of the program; a test's broker has one of its own
 EVENTS = ROOT / ".kafka"
+CLAIMS: list[socket.socket] = []  # see free_port()
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 
@@ -79,15 +81,18 @@ def free_port() -> int:
 
     A client that keeps trying a port of that range while its broker is down may get that very
     port as its own end, connect to itself and keep the broker from coming back.
+
+    Nobody else is given it while this process runs, which holds the UDP port of the same number.
     """
     while True:
-        port = random.randint(20000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        address = ("127.0.0.1", random.randint(20000, 32000))
+        claim = socket.socket(type=socket.SOCK_DGRAM)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            claim.bind(address)
+            probe.bind(address)
+            CLAIMS.append(claim)
+            return address[1]
+        claim.close()
 
 
 class Broker:
@@ -116,6 +121,8 @@ class Broker:
         # Paths below the folder are relative: Java reads properties files as Latin-1.
         self.environment["KAFKA_LOG_DIRS"] = "data"
         self.environment["LC_ALL"] = "C.UTF-8"
+        if "JDK_JAVA_OPTIONS" in os.environ:
+            self.environment["JDK_JAVA_OPTIONS"] = os.environ["JDK_JAVA_OPTIONS"]
         self.environment["CLUSTER_ID"] = "5L6g3nShT-eMCtK--X86sw"  # the image's own default
         self.environment.update(environment or {})
 

@@ -1,6 +1,7 @@
 """Every test runs against brokers of its own, on free ports, and leaves no process behind."""
 
 import contextlib
+import os
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +41,15 @@ def pytest_configure(config: pytest.Config) -> None:
             broker.start()
             broker.stop()
         new.rename(classes)
-    Broker.java_options = (*Broker.java_options, f"-XX:AOTCache={classes}")
+    # Java's own variable, so that a broker which a test starts by command has them as well.
+    os.environ["JDK_JAVA_OPTIONS"] = f"-XX:AOTCache={classes}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Checks that pytest-xdist has marked the groups: it goes on without them, and says nothing."""
+    for item in items if "PYTEST_XDIST_WORKER" in os.environ else ():
+        assert "@" in item.nodeid or not item.get_closest_marker("xdist_group"), item.nodeid
 
 
 @pytest.fixture(scope="session")

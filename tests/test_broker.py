@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from broker import ROOT, Broker, Cluster, free_port, version
+from broker import ROOT, Cluster, free_port, version
 from harness import PATIENCE, Script, Start, Witness, event, until
 
 # Runs the program on the port given first, with its data under the folder given second.
@@ -16,7 +16,6 @@ PROGRAM = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import broker
-broker.Broker.java_options = {Broker.java_options!r}
 broker.PORT, broker.EVENTS = int(sys.argv.pop(1)), pathlib.Path(sys.argv.pop(1), ".kafka")
 sys.exit(broker.main())
 """

@@ -150,6 +150,7 @@ def test_processor_counts_the_good_and_names_the_malformed(
         (WITHOUT[1], "no user_id"),
         (event(["alice"]), "user_id is not a string"),
     ],
+    ids=["no value", "text", "deep", "list", "no user_id", "list as user_id"],
 )
 def test_processor_says_why(value: bytes | None, why: str, start: Start, witness: Witness) -> None:
     witness.create(3)
