@@ -116,14 +116,12 @@ def print_events(polled: Any) -> None:
 
 
 def share_line(consumer: KafkaConsumer, settled: bool) -> str:
-    """Which partitions it has; empty where some may come soon.
-
-    A newcomer gets nothing at first: the others have to give something up for it.
-    """
+    """Which partitions it has; empty while a newcomer waits for the others to give some up."""
     held = sorted(partition for _, partition in consumer.assignment())
     if held or not settled:
         return ", ".join(map(str, held))
-    if consumer.partitions_for_topic(TOPIC):
+    # consumer.partitions_for_topic() would ask again, for up to 30 s, where there is no topic.
+    if consumer._cluster.partitions_for_topic(TOPIC):
         return "none, others have them"
     return f"none, waiting: there is no topic {TOPIC}, or no right to read it"
 

@@ -146,7 +146,6 @@ class Counts(ConsumerRebalanceListener):
         self.held = {p: self.held.get(p) or Held() for p in self.consumer.assignment()}
         for partition, held in self.held.items():
             self.consumer.seek(partition, held.next_offset)
-            held.log_end = None
 
     def count_next(self) -> float:
         """Returns, after counting the next events, how many are left of those that the log held
@@ -160,7 +159,7 @@ class Counts(ConsumerRebalanceListener):
                 held.log_end = ends[partition]
             messages = polled.get(partition, [])
             # position() is not the last offset counted: retention and compaction leave gaps.
-            position = messages[0].offset if messages else self.consumer.position(partition, 1_000)
+            position = messages[0].offset if messages else self.consumer.position(partition, 300)
             if position is None:  # it is being looked up
                 left = math.inf
             elif position < held.next_offset:  # the topic was deleted and created anew
@@ -194,13 +193,14 @@ class Counts(ConsumerRebalanceListener):
 
 
 def share_line(consumer: KafkaConsumer, settled: bool) -> str:
-    """Which partitions it counts, in under 100 columns; empty where more may come soon.
+    """Which partitions it counts; empty while a newcomer waits for the others to give some up.
 
-    A newcomer gets nothing at first: the others have to give something up for it.
+    In under 100 columns, so that a terminal has it in one line.
     """
     group = consumer.group_metadata().group_id
     held = sorted(partition for _, partition in consumer.assignment())
-    others = sorted(consumer.partitions_for_topic(TOPIC).difference(held))
+    # consumer.partitions_for_topic() would ask again, for up to 30 s, where there is no topic.
+    others = sorted((consumer._cluster.partitions_for_topic(TOPIC) or set()).difference(held))
     counting = f"counting partition{'s' * (len(held) > 1)} {', '.join(map(str, held))}"
     if held and not others:
         return f"{counting}: everything"

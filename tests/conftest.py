@@ -47,7 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Checks that pytest-xdist has marked the groups: it goes on without them, and says nothing."""
+    """Starts the longest tests first, so that they do not stand alone at the end.
+
+    Checks that pytest-xdist has marked the groups: it goes on without them, and says nothing.
+    """
+    items.sort(key=lambda item: item.path.stem != "test_readme")
     for item in items if "PYTEST_XDIST_WORKER" in os.environ else ():
         assert "@" in item.nodeid or not item.get_closest_marker("xdist_group"), item.nodeid
 

@@ -37,7 +37,7 @@ def until(condition: Callable[[], Any], what: str, timeout: float = PATIENCE) ->
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
-        time.sleep(0.05)
+        time.sleep(0.1)
     return value
 
 

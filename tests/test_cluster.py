@@ -1,13 +1,15 @@
 """Three brokers, each partition on all of them: the loss of one is no loss of Kafka."""
 
 import itertools
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from broker import Cluster, free_port
 from conftest import QUICK_RETURN
-from harness import Start, Witness, assert_plain, count, event, line, settled, shown, until
+from harness import Start, Witness, add, assert_plain, count, event, line, settled, shown, until
 
 pytestmark = pytest.mark.xdist_group("cluster")  # one worker, and so one cluster
 
@@ -68,21 +70,51 @@ def test_each_of_three_brokers_is_killed_in_turn(
             assert "no connection" not in one or "connected to Kafka again" in two
 
 
+# Runs a script whose poll() raises once, when the file named first has come to be.
+FAILING_ONCE = """
+import pathlib, runpy, sys
+from kafka import KafkaConsumer
+from kafka.errors import UnknownBrokerIdError
+sign, poll = pathlib.Path(sys.argv[1]), KafkaConsumer.poll
+def failing_poll(self, **settings):
+    polled = poll(self, **settings)
+    if sign.exists():
+        sign.unlink()
+        raise UnknownBrokerIdError(3)
+    return polled
+KafkaConsumer.poll = failing_poll
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_partition_without_a_leader_is_waited_for(
-    start: Start, cluster: Cluster, witness: Witness
+    start: Start, cluster: Cluster, witness: Witness, tmp_path: Path
 ) -> None:
+    sign = tmp_path / "poll() raises"
     witness.create(3)  # one copy of each partition, so each broker has one
     witness.write((number % 3, b"key", event(f"user {number % 3}")) for number in range(30))
     everything = count(witness.log())
     cluster.brokers[2].kill()
     consumer = start("consumer.py", address=cluster.address)
-    processor = start("processor.py", "--group", "counting", address=cluster.address)
+    failing = [sys.executable, "-c", FAILING_ONCE, str(sign), "processor.py"]
+    processor = start(command=[*failing, "--group", "counting"], address=cluster.address)
     until(lambda: len(consumer.lines) == 20, "what has a leader is shown")
+    living = {int(text[len("partition=")]) for text in consumer.lines}
     until(lambda: "trying again" in processor.err, "it says that it cannot go on")
     cluster.brokers[2].start()
     until(lambda: processor.snapshots, "it counts when the leader is back")
     assert processor.snapshots[0] == everything
     until(lambda: len(consumer.lines) == 30, "the rest is shown")
+
+    # What is counted already stays so when the leader goes, also after an error.
+    cluster.brokers[2].kill()
+    sign.touch()
+    until(lambda: not sign.exists(), "a poll() has raised")
+    witness.write((partition, b"key", event(f"user {partition}")) for partition in living)
+    added = {f"user {partition}": {"view": 1} for partition in living}
+    until(lambda: processor.snapshots[-1] == add(everything, added), "it counts the others' events")
+    cluster.brokers[2].start()
     for script in (consumer, processor):
         assert script.stop() == 0
         assert_plain(script)

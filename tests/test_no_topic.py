@@ -2,7 +2,9 @@
 
 import re
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -51,5 +53,40 @@ def test_the_topic_comes_late(start: Start, witness: Witness) -> None:
 def test_a_signal_ends_the_wait_for_the_topic(start: Start, broker: Broker) -> None:
     producer = start("producer.py")
     until(producer.connected, "it is connected")
-    assert producer.stop(timeout=9) in (-2, 1)  # at once, and not after its ten seconds
+    assert producer.stop(timeout=9) in (-2, 1)
     assert "Traceback" not in producer.err
+
+
+def test_ctrl_c_when_the_topic_has_just_been_deleted(start: Start, witness: Witness) -> None:
+    witness.create(3)
+    producer = start("producer.py", "--interval", "0.01")
+    until(lambda: len(producer.lines) > 20, "it is at it")
+    witness.delete()
+
+    def stands_still() -> bool:
+        lines = len(producer.lines)
+        time.sleep(1)
+        return len(producer.lines) == lines
+
+    until(stands_still, "it can send no more")
+    assert producer.stop(timeout=15) == 1
+    assert_plain(producer)
+    assert re.fullmatch(r"\d+ delivered, \d+ failed", producer.err.splitlines()[-1])
+
+
+def test_ctrl_c_where_there_is_no_topic_and_the_broker_is_frozen(
+    start: Start, broker: Broker, witness: Witness
+) -> None:
+    readers = [start("consumer.py"), start("processor.py", "--group", "counting")]
+    until(lambda: witness.members() and witness.members("counting"), "they are in their groups")
+    assert broker.process is not None
+    broker.process.send_signal(signal.SIGSTOP)
+    try:
+        time.sleep(3)  # the time in which they would say that they have nothing, and why
+        for reader in readers:
+            reader.process.send_signal(signal.SIGINT)
+        for reader in readers:
+            assert reader.wait(15) == 0
+            assert_plain(reader)
+    finally:
+        broker.process.send_signal(signal.SIGCONT)
