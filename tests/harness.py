@@ -113,6 +113,20 @@ class Script:
 Start = Callable[..., Script]  # of the fixture `start`
 
 
+# Runs a script with another poll(): the lines to be filled in call poll(self, …).
+OTHER_POLL = """
+import os, runpy, sys, time
+from kafka import KafkaConsumer
+from kafka.errors import UnknownBrokerIdError
+poll = KafkaConsumer.poll
+def other_poll(self, **settings):
+    {}
+KafkaConsumer.poll = other_poll
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 class Proxy:
     """Passes connections on to a port, and goes on accepting them while nobody listens there.
 

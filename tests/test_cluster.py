@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 from broker import Cluster, free_port
 from conftest import QUICK_RETURN
-from harness import Start, Witness, add, assert_plain, count, event, line, settled, shown, until
+from harness import (
+    OTHER_POLL,
+    Start,
+    Witness,
+    add,
+    assert_plain,
+    count,
+    event,
+    line,
+    settled,
+    shown,
+    until,
+)
 
 pytestmark = pytest.mark.xdist_group("cluster")  # one worker, and so one cluster
 
@@ -70,22 +82,12 @@ def test_each_of_three_brokers_is_killed_in_turn(
             assert "no connection" not in one or "connected to Kafka again" in two
 
 
-# Runs a script whose poll() raises once, when the file named first has come to be.
-FAILING_ONCE = """
-import pathlib, runpy, sys
-from kafka import KafkaConsumer
-from kafka.errors import UnknownBrokerIdError
-sign, poll = pathlib.Path(sys.argv[1]), KafkaConsumer.poll
-def failing_poll(self, **settings):
-    polled = poll(self, **settings)
-    if sign.exists():
-        sign.unlink()
+# The lines of a poll() that raises once, when the file has come to be.
+RAISES_ONCE = """polled = poll(self, **settings)
+    if os.path.exists({sign!r}):
+        os.remove({sign!r})
         raise UnknownBrokerIdError(3)
-    return polled
-KafkaConsumer.poll = failing_poll
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    return polled"""
 
 
 def test_a_partition_without_a_leader_is_waited_for(
@@ -97,8 +99,9 @@ def test_a_partition_without_a_leader_is_waited_for(
     everything = count(witness.log())
     cluster.brokers[2].kill()
     consumer = start("consumer.py", address=cluster.address)
-    failing = [sys.executable, "-c", FAILING_ONCE, str(sign), "processor.py"]
-    processor = start(command=[*failing, "--group", "counting"], address=cluster.address)
+    failing = OTHER_POLL.format(RAISES_ONCE.format(sign=str(sign)))
+    command = [sys.executable, "-c", failing, "processor.py", "--group", "counting"]
+    processor = start(command=command, address=cluster.address)
     until(lambda: len(consumer.lines) == 20, "what has a leader is shown")
     living = {int(text[len("partition=")]) for text in consumer.lines}
     until(lambda: "trying again" in processor.err, "it says that it cannot go on")

@@ -11,12 +11,28 @@ from pathlib import Path
 
 import pytest
 from broker import Broker, free_port
-from harness import Proxy, Start, Witness, add, count, event, line, python, settled, shown, until
+from harness import (
+    OTHER_POLL,
+    Proxy,
+    Start,
+    Witness,
+    add,
+    count,
+    event,
+    line,
+    python,
+    settled,
+    shown,
+    until,
+)
 
 pytestmark = pytest.mark.xdist_group("proxied")  # one worker, and so one broker
 
 # API keys: Kafka's numbers for the kinds of request.
 PRODUCE, FETCH, SYNC_GROUP, OFFSET_FOR_LEADER_EPOCH = 0, 1, 14, 23
+
+LONG_POLL = OTHER_POLL.format("return poll(self, timeout_ms=2_000)")
+SLOW_POLL = OTHER_POLL.format("time.sleep(0.05); return poll(self, 100, max_records=100)")
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +55,6 @@ def proxy(proxied_broker: Proxy) -> Proxy:
     proxied_broker.answers = lambda api_key: True
     Witness(proxied_broker.address).clean()
     return proxied_broker
-
-
-# Runs a script with another poll().
-OTHER_POLL = """
-import runpy, sys, time
-from kafka import KafkaConsumer
-poll = KafkaConsumer.poll
-def other_poll(self, **_):
-    {}
-KafkaConsumer.poll = other_poll
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-LONG_POLL = OTHER_POLL.format("return poll(self, timeout_ms=2_000)")
-SLOW_POLL = OTHER_POLL.format("time.sleep(0.05); return poll(self, 100, max_records=100)")
 
 
 def test_a_consumer_held_up_in_its_output_has_committed_no_more_than_is_there(
