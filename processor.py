@@ -159,6 +159,7 @@ class Counts(ConsumerRebalanceListener):
                 held.log_end = ends[partition]
             messages = polled.get(partition, [])
             # position() is not the last offset counted: retention and compaction leave gaps.
+            # It waits, for 300 ms at most, for what is being looked up.
             position = messages[0].offset if messages else self.consumer.position(partition, 300)
             if position is None:  # it is being looked up
                 left = math.inf
@@ -225,15 +226,17 @@ def report(counts: Counts, left: float, printed: str, share: str) -> str:
         number = sum(held.malformed for held in counts.held.values())
         log.warning("malformed events skipped: %d, the last at %s", number, counts.last_malformed)
         counts.last_malformed = ""
-    if 0 < left < math.inf:
-        log.info("%s events still to read", f"{left:,.0f}")
-    text = printed if left else counts.as_json()
-    if text != printed and (counts.held or printed):
-        print(text, flush=True)
-        if "(everything" in share and sys.stdout.isatty() and sys.stderr.isatty():
-            log.info(share)  # the counts have scrolled it away
-        printed = text
-    return printed
+    if left:
+        if left < math.inf:
+            log.info("%s events still to read", f"{left:,.0f}")
+        return printed
+    text = counts.as_json()
+    if text == printed or not (counts.held or printed):
+        return printed
+    print(text, flush=True)
+    if "(everything" in share and sys.stdout.isatty() and sys.stderr.isatty():
+        log.info(share)  # the counts have scrolled it away
+    return text
 
 
 def count_events(consumer: KafkaConsumer, once: bool) -> None:

@@ -70,9 +70,9 @@ while counts.total() < N:
 # Its snapshots are empty, but for the first and the last.
 SILENT_PROCESSOR = """
 import processor
-real, calls = processor.as_json, []
-processor.as_json = lambda partitions: (
-    "{}" if calls.append(1) or len(calls) > 1 and not processor.stopping else real(partitions))
+real, calls = processor.Counts.as_json, []
+processor.Counts.as_json = lambda counts: (
+    "{}" if calls.append(1) or len(calls) > 1 and not processor.stopping else real(counts))
 processor.main()
 """
 PEERS = {

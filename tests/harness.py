@@ -113,20 +113,6 @@ class Script:
 Start = Callable[..., Script]  # of the fixture `start`
 
 
-# Runs a script with another poll(): the lines to be filled in call poll(self, …).
-OTHER_POLL = """
-import os, runpy, sys, time
-from kafka import KafkaConsumer
-from kafka.errors import UnknownBrokerIdError
-poll = KafkaConsumer.poll
-def other_poll(self, **settings):
-    {}
-KafkaConsumer.poll = other_poll
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 class Proxy:
     """Passes connections on to a port, and goes on accepting them while nobody listens there.
 
@@ -413,3 +399,9 @@ def assert_plain(script: Script) -> None:
 def python(script: str, *arguments: str) -> list[str]:
     """The command that runs one of the scripts."""
     return [sys.executable, str(ROOT / script), *arguments]
+
+
+def patched(lines: str, script: str, *arguments: str) -> list[str]:
+    """The command that runs one of the scripts after these lines, which change kafka-python."""
+    run = f'import runpy; runpy.run_path({str(ROOT / script)!r}, run_name="__main__")'
+    return [sys.executable, "-c", f"{lines}\n{run}", *arguments]

@@ -1,7 +1,6 @@
 """Three brokers, each partition on all of them: the loss of one is no loss of Kafka."""
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 from broker import Cluster, free_port
 from conftest import QUICK_RETURN
 from harness import (
-    OTHER_POLL,
     Start,
     Witness,
     add,
@@ -18,6 +16,7 @@ from harness import (
     count,
     event,
     line,
+    patched,
     settled,
     shown,
     until,
@@ -82,12 +81,20 @@ def test_each_of_three_brokers_is_killed_in_turn(
             assert "no connection" not in one or "connected to Kafka again" in two
 
 
-# The lines of a poll() that raises once, when the file has come to be.
-RAISES_ONCE = """polled = poll(self, **settings)
+# A poll() that raises once, when the file has come to be.
+FAILING_ONCE = """
+import os
+from kafka import KafkaConsumer
+from kafka.errors import UnknownBrokerIdError
+poll = KafkaConsumer.poll
+def failing_poll(self, **settings):
+    polled = poll(self, **settings)
     if os.path.exists({sign!r}):
         os.remove({sign!r})
         raise UnknownBrokerIdError(3)
-    return polled"""
+    return polled
+KafkaConsumer.poll = failing_poll
+"""
 
 
 def test_a_partition_without_a_leader_is_waited_for(
@@ -99,8 +106,8 @@ def test_a_partition_without_a_leader_is_waited_for(
     everything = count(witness.log())
     cluster.brokers[2].kill()
     consumer = start("consumer.py", address=cluster.address)
-    failing = OTHER_POLL.format(RAISES_ONCE.format(sign=str(sign)))
-    command = [sys.executable, "-c", failing, "processor.py", "--group", "counting"]
+    failing = FAILING_ONCE.format(sign=str(sign))
+    command = patched(failing, "processor.py", "--group", "counting")
     processor = start(command=command, address=cluster.address)
     until(lambda: len(consumer.lines) == 20, "what has a leader is shown")
     living = {int(text[len("partition=")]) for text in consumer.lines}

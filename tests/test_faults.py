@@ -6,7 +6,6 @@ import random
 import re
 import select
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from harness import (
     count,
     event,
     line,
+    patched,
     settled,
     shown,
     until,
@@ -195,19 +195,15 @@ def test_an_interrupted_producer_accounts_for_every_event(start: Start, witness:
 
 # Runs the producer with a delivery time-out of three seconds instead of two minutes.
 IMPATIENT = """
-import sys
 from kafka import KafkaProducer
 KafkaProducer.DEFAULT_CONFIG.update(delivery_timeout_ms=3_000, request_timeout_ms=2_000)
-sys.path.insert(0, ".")
-import producer
-producer.main()
 """
 
 
 def test_producer_gives_up_on_a_broker_that_never_comes_back(
     start: Start, fragile_broker: Broker
 ) -> None:
-    producer = start(command=[sys.executable, "-c", IMPATIENT, "--interval", "0.01"])
+    producer = start(command=patched(IMPATIENT, "producer.py", "--interval", "0.01"))
     until(lambda: len(producer.lines) > 20, "it is at it")
     fragile_broker.kill()
     assert producer.wait(40) == 1
@@ -229,7 +225,6 @@ def test_the_delivery_time_out_is_the_one_that_help_tells(start: Start) -> None:
 
 # Runs the producer with a send() that fails as it may when the topic has just been deleted.
 VANISHING = """
-import sys
 from kafka import KafkaProducer
 sent, send = [], KafkaProducer.send
 def vanishing_send(self, *arguments, **keywords):
@@ -238,14 +233,11 @@ def vanishing_send(self, *arguments, **keywords):
         raise ValueError("Partitioner did not assign a partition for topic events!")
     return send(self, *arguments, **keywords)
 KafkaProducer.send = vanishing_send
-sys.path.insert(0, ".")
-import producer
-producer.main()
 """
 
 
 def test_a_send_that_raises_is_accounted_for(start: Start, witness: Witness) -> None:
-    producer = start(command=[sys.executable, "-c", VANISHING, "--interval", "0"])
+    producer = start(command=patched(VANISHING, "producer.py", "--interval", "0"))
     assert producer.wait() == 1
     assert_plain(producer)
     assert producer.err.splitlines()[-1].endswith(" delivered, 1 failed")
@@ -255,12 +247,8 @@ def test_a_send_that_raises_is_accounted_for(start: Start, witness: Witness) -> 
 
 # Runs the consumer as a member that is out of its group after two seconds without poll().
 HURRIED = """
-import sys
 from kafka import KafkaConsumer
 KafkaConsumer.DEFAULT_CONFIG["max_poll_interval_ms"] = 2_000
-sys.path.insert(0, ".")
-import consumer
-consumer.main()
 """
 
 
@@ -273,7 +261,7 @@ def test_a_consumer_held_up_for_too_long_says_that_events_are_shown_again(
     os.mkfifo(fifo)
     pipe = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
     consumer = start(
-        command=["sh", "-c", f'exec "$@" >{fifo}', "sh", sys.executable, "-c", HURRIED]
+        command=["sh", "-c", f'exec "$@" >{fifo}', "sh", *patched(HURRIED, "consumer.py")]
     )
     until(lambda: not select.select([], [pipe], [], 0)[1], "the pipe is full")
     until(lambda: witness.members() == [], "the group has given it up")
@@ -297,7 +285,6 @@ def test_a_consumer_held_up_for_too_long_says_that_events_are_shown_again(
 # from its buffer, the first and the third time; as happens when the cluster names a leader that the
 # client does not know yet. The events are then in nobody's hands.
 FAILING_FETCHES = """
-import runpy, sys
 from kafka.consumer.fetcher import Fetcher
 from kafka.errors import UnknownBrokerIdError
 fetched_records, send_fetches = Fetcher.fetched_records, Fetcher.send_fetches
@@ -314,8 +301,6 @@ def send_or_fail(self):
         raise UnknownBrokerIdError(2)
     return send_fetches(self)
 Fetcher.fetched_records, Fetcher.send_fetches = fetch, send_or_fail
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -323,9 +308,9 @@ def test_a_poll_that_raises_loses_nothing(start: Start, witness: Witness) -> Non
     witness.create(3)
     witness.write((number % 3, b"key", event(f"user {number % 9}")) for number in range(40_000))
     log = witness.log()
-    failing = [sys.executable, "-c", FAILING_FETCHES]
-    consumer = start(command=[*failing, "consumer.py"])
-    processor = start(command=[*failing, "processor.py", "--group", "counting"])
+    consumer = start(command=patched(FAILING_FETCHES, "consumer.py"))
+    command = patched(FAILING_FETCHES, "processor.py", "--group", "counting")
+    processor = start(command=command)
     until(lambda: len(consumer.lines) >= len(log), "all events are shown")
     until(lambda: processor.snapshots, "all events are counted")
     for script in (consumer, processor):

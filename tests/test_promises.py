@@ -4,7 +4,6 @@ import contextlib
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 from broker import Broker, free_port
 from harness import (
-    OTHER_POLL,
     Proxy,
     Start,
     Witness,
@@ -20,6 +18,7 @@ from harness import (
     count,
     event,
     line,
+    patched,
     python,
     settled,
     shown,
@@ -31,8 +30,17 @@ pytestmark = pytest.mark.xdist_group("proxied")  # one worker, and so one broker
 # API keys: Kafka's numbers for the kinds of request.
 PRODUCE, FETCH, SYNC_GROUP, OFFSET_FOR_LEADER_EPOCH = 0, 1, 14, 23
 
-LONG_POLL = OTHER_POLL.format("return poll(self, timeout_ms=2_000)")
-SLOW_POLL = OTHER_POLL.format("time.sleep(0.05); return poll(self, 100, max_records=100)")
+LONG_POLL = """
+from kafka import KafkaConsumer
+poll = KafkaConsumer.poll
+KafkaConsumer.poll = lambda self, **_: poll(self, timeout_ms=2_000)
+"""
+SLOW_POLL = """
+import time
+from kafka import KafkaConsumer
+poll = KafkaConsumer.poll
+KafkaConsumer.poll = lambda self, **_: time.sleep(0.05) or poll(self, 100, max_records=100)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +163,9 @@ def test_every_snapshot_around_a_replaced_topic_is_whole(
     - burst: so many of them that it is past what it has counted of the old one
     - elsewhere: it brings the events of partitions that were empty, of which it knows the first
     """
-    to_come = [] if case == "elsewhere" else [OFFSET_FOR_LEADER_EPOCH]
-    to_come += [FETCH] if case == "cut" else []
+    to_come = {"cut": [OFFSET_FOR_LEADER_EPOCH, FETCH], "elsewhere": []}.get(
+        case, [OFFSET_FOR_LEADER_EPOCH]
+    )
 
     def answers(api_key: int) -> bool:
         if api_key not in to_come[:1]:
@@ -174,8 +183,7 @@ def test_every_snapshot_around_a_replaced_topic_is_whole(
     witness = Witness(proxy.address)
     witness.create(3)
     write("old", 315 if case == "burst" else 3000, partitions=1 if case == "elsewhere" else 3)
-    command = [sys.executable, "-c", LONG_POLL, "processor.py"]
-    processor = start(command=command, address=proxy.address)
+    processor = start(command=patched(LONG_POLL, "processor.py"), address=proxy.address)
     until(lambda: processor.snapshots, "the old topic's events are counted")
     old = count(witness.log())
     processor.process.send_signal(signal.SIGSTOP)
@@ -200,7 +208,7 @@ def test_every_snapshot_is_whole_while_members_come_and_go(start: Start, witness
     witness.write((i % 3, b"key", event(f"user {i % 3}")) for i in range(7500))
     everything = count(witness.log())
     # A partition takes it longer than the second that it lets pass between two snapshots.
-    slow = [sys.executable, "-c", SLOW_POLL, "processor.py"]
+    slow = patched(SLOW_POLL, "processor.py")
     first = start(command=slow)
     until(lambda: first.snapshots, "the first counts")
     assert first.snapshots[0] == everything
@@ -226,7 +234,7 @@ def test_a_frozen_processor_shows_no_counts_before_it_has_caught_up(
 ) -> None:
     witness.create(1)
     witness.write([(0, b"key", event())] * 100)
-    processor = start(command=[sys.executable, "-c", SLOW_POLL, "processor.py"])
+    processor = start(command=patched(SLOW_POLL, "processor.py"))
     until(lambda: processor.snapshots, "it counts")
     processor.process.send_signal(signal.SIGSTOP)
     until(lambda: witness.members() == [], "the group has given it up")
