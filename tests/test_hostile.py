@@ -1,11 +1,13 @@
 """Whatever is on the topic, it is shown in one harmless line each, and good events are counted."""
 
 import json
+import re
 import time
 from typing import Any
 
 import pytest
-from harness import Message, Script, Start, Witness, count, event, until
+from broker import Broker
+from harness import TOPIC, Message, Script, Start, Witness, assert_plain, count, event, until
 
 GOOD = [event(user, action) for user in ("alice", "bob") for action in ("view", "click")]
 WITHOUT = [
@@ -170,11 +172,18 @@ def test_malformed_events_are_counted_once_however_often_they_are_read(
     until(lambda: "skipped: 9, " in processor.err, "it says how many there are")
     consumer = start("consumer.py")
     until(lambda: "others of event-watchers hold" in processor.err, "the consumer has a share")
+    share = processor.err.rpartition("counting partition")[2].partition(" only")[0]
+    witness.write((number, b"k", b"hello") for number in range(3))
+    number = 4 * len(re.findall(r"\d", share))
+    until(lambda: f"skipped: {number}, " in processor.err, "it counts those of its share")
     assert consumer.stop() == 0
     until(lambda: processor.err.count("everything\n") == 2, "the processor has all again")
     witness.write([(0, b"k", b"hello")])
-    until(lambda: "skipped: 10, " in processor.err, "there is one more, and no other")
+    until(lambda: "skipped: 13, " in processor.err, "there is one more, and no other")
+    witness.write([(0, b"k", GOOD[0])])
+    until(lambda: len(processor.snapshots[-1]) == 1, "the good one is counted")
     assert processor.stop() == 0
+    assert processor.err.count("skipped: 13, ") == 1  # it is said when there are more, not again
 
 
 def test_a_flood_of_malformed_events_does_not_flood_stderr(start: Start, witness: Witness) -> None:
@@ -224,3 +233,22 @@ def test_a_batch_that_cannot_be_unpacked_ends_the_readers_with_a_line(
         assert "Traceback" not in script.err
     assert witness.committed() == {0: 1}
     assert witness.members() == []
+
+
+def test_a_batch_that_is_damaged_ends_the_readers_with_a_line(
+    start: Start, broker: Broker, witness: Witness
+) -> None:
+    witness.create(1)
+    witness.write([(0, b"key", event())])
+    segment = broker.folder / "data" / f"{TOPIC}-0" / f"{0:020}.log"
+    with segment.open("r+b") as file:
+        file.seek(segment.read_bytes().index(b"alice"))
+        file.write(b"bob")
+    for script in (start("consumer.py"), start("processor.py", "--group", "counting")):
+        assert script.wait() == 1
+        last = script.err.splitlines()[-1]
+        assert last.startswith("cannot read the events: ")
+        assert "CorruptRecordError" in last
+        assert_plain(script)
+        assert script.out == ""
+    assert witness.committed() == {}

@@ -15,6 +15,7 @@ from harness import (
     Start,
     Witness,
     add,
+    assert_plain,
     count,
     event,
     line,
@@ -40,6 +41,45 @@ import time
 from kafka import KafkaConsumer
 poll = KafkaConsumer.poll
 KafkaConsumer.poll = lambda self, **_: time.sleep(0.05) or poll(self, 100, max_records=100)
+"""
+# A commit that does not reach Kafka, three times.
+LOST_COMMITS = """
+from kafka import KafkaConsumer
+from kafka.errors import KafkaTimeoutError
+lost, commit = [], KafkaConsumer.commit
+def losing_commit(self, **settings):
+    if len(lost) == 3:
+        return commit(self, **settings)
+    lost.append(1)
+    raise KafkaTimeoutError("commit")
+KafkaConsumer.commit = losing_commit
+"""
+# Ctrl-C when poll() has just taken the last event.
+CTRL_C = """
+import os, signal
+from kafka import KafkaConsumer
+poll = KafkaConsumer.poll
+def last_poll(self, **settings):
+    polled = poll(self, **settings)
+    if any(b"last" in message.value for messages in polled.values() for message in messages):
+        os.kill(os.getpid(), signal.SIGINT)
+    return polled
+KafkaConsumer.poll = last_poll
+"""
+# To look up where a log begins takes two seconds.
+SLOW_RESET = """
+from kafka.consumer.fetcher import Fetcher
+reset = Fetcher._reset_offsets_for_node
+async def slow_reset(self, *arguments):
+    await self._manager._net.sleep(2)
+    await reset(self, *arguments)
+Fetcher._reset_offsets_for_node = slow_reset
+"""
+# For the script itself, not for kafka-python, the clock stands still.
+NO_TIME = """
+import sys, time
+clock = time.monotonic
+time.monotonic = lambda: sys._getframe(1).f_globals["__name__"] != "__main__" and clock()
 """
 
 
@@ -95,6 +135,17 @@ def test_a_consumer_held_up_in_its_output_has_committed_no_more_than_is_there(
     assert successor.stop() == 0
 
 
+def test_a_commit_that_gets_lost_is_made_up_for(start: Start, witness: Witness) -> None:
+    witness.create(1)
+    witness.write([(0, b"key", event())] * 60)
+    consumer = start(command=patched(LOST_COMMITS, "consumer.py"))
+    until(lambda: len(consumer.lines) == 60, "all events are shown")
+    until(lambda: witness.committed() == {0: 60}, "they are committed, though no others come")
+    assert consumer.stop() == 0
+    assert len(consumer.lines) == 60
+    assert_plain(consumer)
+
+
 def test_an_event_whose_confirmation_gets_lost_is_written_once(start: Start, proxy: Proxy) -> None:
     lost: list[int] = []
 
@@ -132,6 +183,33 @@ def test_a_processor_starts_at_the_first_event_whatever_is_committed(
     first = processor.snapshots[0]
     assert len(first) == (3 if consumers == "have left" else 1)  # each partition has a user
     assert first == {user: everything[user] for user in first}
+
+
+def test_the_first_counts_wait_for_no_more_than_the_events(start: Start, witness: Witness) -> None:
+    witness.create(1)
+    witness.write([(0, b"key", event())])
+    processor = start(command=patched(NO_TIME, "processor.py"))
+    until(lambda: processor.snapshots == [{"alice": {"view": 1}}], "the counts are shown")
+
+
+def test_the_last_counts_hold_what_was_read_last(start: Start, witness: Witness) -> None:
+    witness.create(1)
+    witness.write([(0, b"key", event("first"))])
+    processor = start(command=patched(CTRL_C, "processor.py"))
+    until(lambda: processor.snapshots, "counts are shown")
+    witness.write([(0, b"key", event("last"))])
+    assert processor.wait() == 0
+    assert processor.snapshots[1:] == [{"first": {"view": 1}, "last": {"view": 1}}]
+
+
+def test_the_first_counts_hold_what_is_left_of_a_log(start: Start, witness: Witness) -> None:
+    witness.create(1)
+    witness.write([(0, b"key", event("gone"))] * 10)
+    witness.delete_before({0: 10})
+    witness.write([(0, b"key", event("left"))] * 5)
+    processor = start(command=patched(SLOW_RESET, "processor.py"))
+    until(lambda: processor.snapshots, "counts are shown")
+    assert processor.snapshots[0] == {"left": {"view": 5}}
 
 
 @pytest.mark.parametrize("script", ["consumer.py", "processor.py"])
