@@ -142,7 +142,7 @@ def test_members_come_and_go_and_crash_at_random(start: Start, witness: Witness)
     producer = start("producer.py", "--interval", "0.02")
     members = [start("consumer.py"), start("processor.py")]
     gone: list[Script] = []
-    end = time.monotonic() + 20
+    end = time.monotonic() + 15
     while time.monotonic() < end:
         if len(members) < 2 or (len(members) < 6 and dice.random() < 0.6):
             members.append(start(dice.choice(["consumer.py", "processor.py"])))
