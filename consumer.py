@@ -34,6 +34,7 @@ log = logging.getLogger("consumer.py")
 stopping: list[int] = []  # not empty: told to stop
 
 
+# Down to connect(), as the settings above, the same in all three scripts: each stands alone.
 class KafkaLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
@@ -166,7 +167,7 @@ def show_events(consumer: KafkaConsumer) -> None:
                 consumer.commit(timeout_ms=1_000)
                 uncommitted = False
         except CommitFailedError:  # frozen or cut off for 10 s, or no poll() for five minutes
-            log.warning("the group went on without this one: others may show its last events again")
+            log.warning("the group went on without this one: some events may be shown twice")
             said = ""
         except KafkaError:
             pass  # the positions stay: the next commit covers these events as well
@@ -188,8 +189,8 @@ def main() -> None:
         heartbeat_interval_ms=500,  # a member that came or left is noticed after this
         metadata_max_age_ms=10_000,  # new partitions are noticed after this
         max_partition_fetch_bytes=4 * 1024 * 1024,  # fewer, larger fetches while catching up
-        fetch_max_wait_ms=100,  # a partition read to its end holds up the others no longer
-        max_poll_records=5_000,  # and fewer commits
+        fetch_max_wait_ms=100,  # longer, a partition read to its end holds up the others
+        max_poll_records=5_000,  # fewer commits while catching up
     )
     consumer.subscribe([TOPIC])
     # What the terminal cannot show is escaped.

@@ -38,6 +38,7 @@ log = logging.getLogger("processor.py")
 stopping: list[int] = []  # not empty: told to stop
 
 
+# Down to connect(), as the settings above, the same in all three scripts: each stands alone.
 class KafkaLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
@@ -235,7 +236,7 @@ def report(counts: Counts, left: float, printed: str, share: str) -> str:
         return printed
     print(text, flush=True)
     if "(everything" in share and sys.stdout.isatty() and sys.stderr.isatty():
-        log.info(share)  # the counts have scrolled it away
+        log.info(share)  # it counts a part only, and the counts have scrolled that away
     return text
 
 
@@ -299,7 +300,7 @@ def main() -> None:
         heartbeat_interval_ms=500,  # a member that came or left is noticed after this
         metadata_max_age_ms=10_000,  # new partitions are noticed after this
         max_partition_fetch_bytes=4 * 1024 * 1024,  # fewer, larger fetches while catching up
-        fetch_max_wait_ms=100,  # a partition read to its end holds up the others no longer
+        fetch_max_wait_ms=100,  # longer, a partition read to its end holds up the others
         max_poll_records=5_000,  # so many events are counted between two looks at the rest
     )
     for signum in (signal.SIGINT, signal.SIGTERM):

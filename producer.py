@@ -38,12 +38,13 @@ SECURITY = {
 # The first three users land on partitions 0, 1 and 2 (of three), the others on 0, 1 and 2 again.
 USERS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice", "dave", "carol"]
 ACTIONS = ["view", "click", "add_to_cart", "purchase"]
-MAX_UNCONFIRMED = 10_000  # kafka-python has no limit; without a pause, they are printed then
+MAX_UNCONFIRMED = 10_000  # then it waits for Kafka; kafka-python itself would take any number
 
 log = logging.getLogger("producer.py")
 stopping: list[int] = []  # not empty: told to stop
 
 
+# Down to connect(), as the settings above, the same in all three scripts: each stands alone.
 class KafkaLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
