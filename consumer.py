@@ -77,6 +77,9 @@ def connect(client: Any, **settings: Any) -> Any:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
     if unknown := SECURITY.keys() - client.DEFAULT_CONFIG:  # the client would show their values
         sys.exit(f"no connection to Kafka: unknown setting KAFKA_{unknown.pop().upper()}")
+    protocols = ["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+    if SECURITY.get("security_protocol", "SSL") not in protocols:  # would be taken for PLAINTEXT
+        sys.exit(f"no connection to Kafka: KAFKA_SECURITY_PROTOCOL is none of {protocols}")
     # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
@@ -129,7 +132,7 @@ def share_line(consumer: KafkaConsumer, settled: bool) -> str:
 
 def show_events(consumer: KafkaConsumer) -> None:
     """Until told to stop: prints the events that come, then commits them."""
-    known, since, failures = consumer.group_metadata(), 0.0, 0
+    known, since, failures, warned = consumer.group_metadata(), 0.0, 0, False
     share, said, uncommitted = "", "", False
     while not stopping:
         try:
@@ -147,13 +150,14 @@ def show_events(consumer: KafkaConsumer) -> None:
                 known, since, share = membership, time.monotonic(), ""
             if known.state == MemberState.STABLE and not share:
                 share = share_line(consumer, settled=time.monotonic() - since > 2)
-            failures = 0
+            failures, warned = 0, False
         except (CorruptRecordError, UnsupportedCodecError) as error:
             sys.exit(f"cannot read the events: {error}")  # kafka-python 3.0.12 loops in poll() now
         except KafkaError as error:
             failures += 1
-            if failures == (5 if error.retriable else 1):  # the former pass, as a rule
+            if not (warned or kafka_log.lost or (error.retriable and failures < 5)):  # they pass
                 log.warning("cannot go on (%s); trying again", error)
+                warned = True
             time.sleep(0.5)
             continue
         if share and share != said:

@@ -81,6 +81,9 @@ def connect(client: Any, **settings: Any) -> Any:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
     if unknown := SECURITY.keys() - client.DEFAULT_CONFIG:  # the client would show their values
         sys.exit(f"no connection to Kafka: unknown setting KAFKA_{unknown.pop().upper()}")
+    protocols = ["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+    if SECURITY.get("security_protocol", "SSL") not in protocols:  # would be taken for PLAINTEXT
+        sys.exit(f"no connection to Kafka: KAFKA_SECURITY_PROTOCOL is none of {protocols}")
     # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
@@ -195,10 +198,7 @@ class Counts(ConsumerRebalanceListener):
 
 
 def share_line(consumer: KafkaConsumer, settled: bool) -> str:
-    """Which partitions it counts; empty while a newcomer waits for the others to give some up.
-
-    In under 100 columns, so that a terminal has it in one line.
-    """
+    """Which partitions it counts; empty while a newcomer waits for the others to give some up."""
     group = consumer.group_metadata().group_id
     held = sorted(partition for _, partition in consumer.assignment())
     # consumer.partitions_for_topic() would ask again, for up to 30 s, where there is no topic.
@@ -213,9 +213,9 @@ def share_line(consumer: KafkaConsumer, settled: bool) -> str:
     counting = f"{counting} only" if held else "counting nothing"
     how = f"(everything: --group {'other' if group == 'mine' else 'mine'})"
     line = f"{counting}; others of {group} hold {', '.join(map(str, others))} {how}"
-    if len(line) >= 100:
-        line = f"counting {len(held)} of {len(held) + len(others)} partitions {how}"
-    return line
+    if len(line) < 100:  # so that a terminal has it in one line
+        return line
+    return f"counting {len(held)} of {len(held) + len(others)} partitions {how}"
 
 
 def report(counts: Counts, left: float, printed: str, share: str) -> str:
@@ -244,7 +244,7 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
     """Counts, and shows the counts, until told to stop or with `once` until it has shown some."""
     counts = Counts(consumer)
     consumer.subscribe([TOPIC], listener=counts)
-    known, since, failures = consumer.group_metadata(), 0.0, 0
+    known, since, failures, warned = consumer.group_metadata(), 0.0, 0, False
     printed = share = said = ""
     next_report = time.monotonic() + 2  # the first counts do not wait for it
     last_round = False
@@ -264,13 +264,14 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
                 known, since, share = membership, now, ""
             if known.state == MemberState.STABLE and not share:
                 share = share_line(consumer, settled=now - since > 2)
-            failures = 0
+            failures, warned = 0, False
         except (CorruptRecordError, UnsupportedCodecError) as error:
             sys.exit(f"cannot read the events: {error}")  # kafka-python 3.0.12 loops in poll() now
         except KafkaError as error:
             failures += 1
-            if failures == (5 if error.retriable else 1):  # the former pass, as a rule
+            if not (warned or kafka_log.lost or (error.retriable and failures < 5)):  # they pass
                 log.warning("cannot go on (%s); trying again", error)
+                warned = True
             time.sleep(0.5)
             continue
         if share and share != said:

@@ -87,6 +87,9 @@ def connect(client: Any, **settings: Any) -> Any:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
     if unknown := SECURITY.keys() - client.DEFAULT_CONFIG:  # the client would show their values
         sys.exit(f"no connection to Kafka: unknown setting KAFKA_{unknown.pop().upper()}")
+    protocols = ["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+    if SECURITY.get("security_protocol", "SSL") not in protocols:  # would be taken for PLAINTEXT
+        sys.exit(f"no connection to Kafka: KAFKA_SECURITY_PROTOCOL is none of {protocols}")
     # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(
         client,
@@ -132,6 +135,8 @@ class Deliveries:
         except (KafkaError, TypeError, ValueError) as error:  # the topic is gone, for example
             future = Future().failure(error)
         self.unconfirmed.append((key, value, future))
+        if future.exception:  # without a pause, send_events() would not look for a long time
+            self.settle()
 
     def settle(self) -> None:
         """Prints the events that Kafka has confirmed by now."""

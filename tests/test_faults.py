@@ -118,19 +118,44 @@ def test_everybody_outlives_an_outage_of_the_broker(
         assert len(LOST.findall(script.err)) == script.err.count(BACK) == 1
 
 
-def test_ctrl_c_during_an_outage(start: Start, fragile_broker: Broker) -> None:
+# A client that can do nothing more when the file is there, and writes there how often it tried.
+FAILING = """
+import os
+from kafka import KafkaConsumer
+from kafka.errors import KafkaTimeoutError
+poll = KafkaConsumer.poll
+def failing(self, *arguments, **settings):
+    if not os.path.exists({sign!r}):
+        return poll(self, **settings)
+    with open({sign!r}, "a") as file:
+        file.write(".")
+    raise KafkaTimeoutError
+KafkaConsumer.poll = KafkaConsumer.committed = failing
+"""
+
+
+def test_ctrl_c_during_an_outage(start: Start, fragile_broker: Broker, tmp_path: Path) -> None:
+    signs = [tmp_path / "consumer", tmp_path / "processor"]
+    failing = [FAILING.format(sign=str(sign)) for sign in signs]
     producer = start("producer.py", "--interval", "0.01")
-    consumer, processor = start("consumer.py"), start("processor.py", "--group", "counting")
+    consumer = start(command=patched(failing[0], "consumer.py"))
+    processor = start(command=patched(failing[1], "processor.py", "--group", "counting"))
     scripts = [producer, consumer, processor]
     until(lambda: consumer.lines and processor.snapshots, "all are at work")
     fragile_broker.kill()
     for script in scripts:
         until(lambda: LOST.search(script.err), "it has noticed")
+    for sign in signs:
+        sign.touch()
+    for sign in signs:
+        until(lambda: sign.stat().st_size > 5, "it has tried")
+    for script in scripts:
         script.process.send_signal(signal.SIGINT)
     for script in scripts:
         # Within about 10 s, whatever the broker does; and some for a machine that stumbles.
         assert script.wait(15) == (1 if script is producer else 0)
         assert_plain(script)
+        assert "cannot go on" not in script.err  # it has said why, once
     match = re.fullmatch(r"(\d+) delivered, (\d+) failed", producer.err.splitlines()[-1])
     assert match
     assert int(match[1]) == len(producer.lines)
@@ -240,7 +265,7 @@ def test_a_send_that_raises_is_accounted_for(start: Start, witness: Witness) -> 
     producer = start(command=patched(VANISHING, "producer.py", "--interval", "0"))
     assert producer.wait() == 1
     assert_plain(producer)
-    assert producer.err.splitlines()[-1].endswith(" delivered, 1 failed")
+    assert producer.err.splitlines()[-1] == "49 delivered, 1 failed"
     assert "not delivered: Partitioner did not assign a partition" in producer.err
     assert shown(producer) == sorted(map(line, witness.log()))
 

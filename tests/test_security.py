@@ -179,6 +179,8 @@ def wrong_ways(secured: SecuredBroker) -> Iterator[tuple[dict[str, str], str]]:
         good | {"KAFKA_SASL_PLAIN_PASSWROD": PASSWORD},
         "unknown setting KAFKA_SASL_PLAIN_PASSWROD$",
     )
+    for protocol in ("TLS", "sasl_ssl", ""):
+        yield good | {"KAFKA_SECURITY_PROTOCOL": protocol}, "KAFKA_SECURITY_PROTOCOL is none of"
     yield (
         {"KAFKA_BOOTSTRAP_SERVERS": secured.sasl},
         r"; is Kafka there, and are the security settings right\?$",
@@ -203,7 +205,7 @@ def test_every_wrong_way_has_its_reason(name: str, start: Start, secured: Secure
         assert script.out == ""
         *early, last = script.err.splitlines()
         assert early in ([], [f"not connected to {address} yet"])
-        tried = not reason.startswith("unknown setting")
+        tried = not re.match("unknown setting|KAFKA_SECURITY_PROTOCOL", reason)
         where = f" at {address}" if tried else ""
         assert re.match(f"no connection to Kafka{where}: .*{reason}", last, re.IGNORECASE), last
         for nowhere in ("docker", "broker.py", PASSWORD, "Traceback"):
