@@ -125,6 +125,7 @@ def test_a_reader_that_leaves_ends_the_script(
     arguments: str, start: Start, witness: Witness
 ) -> None:
     start("producer.py", "--interval", "0.01", "--quiet")
+    until(witness.log, "there are events")
     pipeline = f"{shlex.join(python(*arguments.split()))} | head -1; echo status ${{PIPESTATUS[0]}}"
     script = start(command=["bash", "-c", pipeline])
     assert script.wait() == 0
