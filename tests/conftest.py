@@ -16,15 +16,17 @@ from harness import Script, Start, Witness, python, until
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
-# After a kill -9 the controller lets the broker back in when its session is over, 9 s by default;
-# and of the partitions for the groups' offsets, 50 by default, three are sooner restored.
-QUICK_RETURN = {
+# An idle broker writes a record to its own metadata twice a second, a third of what it costs. The
+# partitions for the groups' offsets are 50, which take their time to be created and to be restored.
+CHEAP = {
+    "KAFKA_METADATA_MAX_IDLE_INTERVAL_MS": "0",
     "KAFKA_OFFSETS_TOPIC_NUM_PARTITIONS": "3",
+}
+# After a kill -9 the controller lets the broker back in when its session is over, 9 s by default.
+QUICK_RETURN = CHEAP | {
     "KAFKA_BROKER_SESSION_TIMEOUT_MS": "1500",
     "KAFKA_BROKER_HEARTBEAT_INTERVAL_MS": "300",
 }
-# An idle broker writes a record to its own metadata twice a second: a third of what it costs.
-IDLE = {"KAFKA_METADATA_MAX_IDLE_INTERVAL_MS": "0"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def lasting_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """One broker for all tests that do not break it."""
-    with Broker(tmp_path_factory.mktemp("broker"), environment=IDLE) as broker:
+    with Broker(tmp_path_factory.mktemp("broker"), environment=CHEAP) as broker:
         yield broker
 
 

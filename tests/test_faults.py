@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from broker import ROOT, Broker, free_port
 from confluent_kafka import Consumer
-from conftest import QUICK_RETURN
+from conftest import CHEAP, QUICK_RETURN
 from harness import (
     GROUP,
     TOPIC,
@@ -74,7 +74,7 @@ def outage_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tu
             yield broker, broker.address
         return
     public = free_port()
-    listeners = {"KAFKA_ADVERTISED_LISTENERS": f"PLAINTEXT://localhost:{public}"}
+    listeners = CHEAP | {"KAFKA_ADVERTISED_LISTENERS": f"PLAINTEXT://localhost:{public}"}
     with Broker(folder, environment=listeners) as broker:
         proxy = Proxy(public, broker.port)
         yield broker, f"localhost:{public}"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from broker import Broker
+from conftest import CHEAP
 from harness import Start, Witness, assert_plain, produce, until
 
 ABSENT = "waiting: there is no topic events, or no right to read it"
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.xdist_group("no topic")  # one worker, and so one broke
 
 @pytest.fixture(scope="module")
 def lasting_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    environment = {"KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false"}
+    environment = CHEAP | {"KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false"}
     with Broker(tmp_path_factory.mktemp("broker"), environment=environment) as broker:
         yield broker
 

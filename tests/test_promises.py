@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from broker import Broker, free_port
+from conftest import CHEAP
 from harness import (
     Proxy,
     Start,
@@ -87,7 +88,7 @@ time.monotonic = lambda: sys._getframe(1).f_globals["__name__"] != "__main__" an
 def proxied_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """The way, and the only one, to a broker that creates no topics by itself."""
     port = free_port()
-    environment = {
+    environment = CHEAP | {
         "KAFKA_ADVERTISED_LISTENERS": f"PLAINTEXT://localhost:{port}",
         "KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false",
     }

@@ -38,6 +38,18 @@ def copy_project(folder: Path) -> Path:
 
 
 @pytest.fixture
+def project(tmp_path: Path, broker: Broker) -> Path:
+    """A copy in which `python tests/broker.py COMMAND` gives the test's broker to the command.
+
+    That is as fresh as one of its own, which would take most of the time of some tests.
+    """
+    project = copy_project(tmp_path)
+    stand_in = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])\n"
+    (project / "tests" / "broker.py").write_text(stand_in)
+    return project
+
+
+@pytest.fixture
 def shell(tmp_path: Path) -> Iterator[list[Script]]:
     """The scripts started by a test; ended with everything that they have started."""
     scripts: list[Script] = []
@@ -82,13 +94,13 @@ def test_the_quick_start_without_docker(tmp_path: Path, shell: list[Script]) -> 
     clone, *enter = install.splitlines()
     assert re.fullmatch(r"git clone \S+ kafka-practice", clone)
     copy_project(tmp_path)
-    clean = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
     # Without the environment of the tests, for the quick start makes one of its own.
     path = os.environ["PATH"].replace(str(Path(sys.executable).parent), "")
-    pip = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_"))}
+    kept = ("HOME", "LANG", "TMPDIR", "JDK_JAVA_OPTIONS", "PIP_", "SSL_")
+    clean = {name: value for name, value in os.environ.items() if name.startswith(kept)}
 
     def terminal(*lines: str) -> Script:
-        arguments = [f"{name}={value}" for name, value in (clean | pip | {"PATH": path}).items()]
+        arguments = [f"{name}={value}" for name, value in (clean | {"PATH": path}).items()]
         command = [
             "env",
             "-i",
@@ -144,15 +156,15 @@ def test_all_in_one_terminal(tmp_path: Path) -> None:
     assert sum(number for actions in counts.values() for number in actions.values()) == 100
 
 
-def test_comparing_what_was_sent_with_what_was_shown(tmp_path: Path) -> None:
+def test_comparing_what_was_sent_with_what_was_shown(project: Path, broker: Broker) -> None:
     _, compare = blocks(section("## Things to try"))
-    assert run(copy_project(tmp_path), compare).endswith("nothing lost, nothing repeated\n")
+    out = run(project, compare, broker.address)
+    assert out.endswith("nothing lost, nothing repeated\n")
 
 
-def test_killing_one(tmp_path: Path, broker: Broker) -> None:
+def test_killing_one(project: Path, broker: Broker) -> None:
     kill, _ = blocks(section("## Things to try"))
     produce, one, two, repeats = kill.splitlines()
-    project = copy_project(tmp_path)
     run(project, produce, broker.address)
 
     def start(command: str) -> subprocess.Popen[bytes]:
@@ -184,9 +196,8 @@ BREAK_IT = section("## Break it")
 
 @pytest.mark.parametrize("changed", [False, True], ids=["unchanged", "changed"])
 @pytest.mark.parametrize("number", range(3), ids=["no key", "commit first", "no seek"])
-def test_breaking_it(number: int, changed: bool, tmp_path: Path) -> None:
+def test_breaking_it(number: int, changed: bool, project: Path, broker: Broker) -> None:
     """Each change applies to the script that the README names, and does what it says."""
-    project = copy_project(tmp_path)
     change, command = blocks(BREAK_IT, "diff")[number], blocks(BREAK_IT)[number]
     script = project / re.findall(r"^\*\*.*?\*\*,? in `(\w+\.py)`", BREAK_IT, re.MULTILINE)[number]
     if changed:
@@ -195,7 +206,7 @@ def test_breaking_it(number: int, changed: bool, tmp_path: Path) -> None:
         text = script.read_text()
         assert text.count("\n".join(old)) == 1
         script.write_text(text.replace("\n".join(old), "\n".join(new)))
-    out = run(project, command)
+    out = run(project, command, broker.address)
     if number == 0:
         partitions = re.findall(r"^ *\d+ partition=\d$", out, re.MULTILINE)
         assert len(partitions) > 1 if changed else len(partitions) == 1
