@@ -34,7 +34,84 @@ log = logging.getLogger("consumer.py")
 stopping: list[int] = []  # not empty: told to stop
 
 
-# Down to connect(), as the settings above, the same in all three scripts: each stands alone.
+def shown(data: bytes | None) -> str:
+    """One line that cannot drive the terminal: what is not printable UTF-8 is escaped."""
+    if data is None:
+        return "null"
+    text = data.decode(errors="backslashreplace")
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_events(polled: Any) -> None:
+    for (_, partition), messages in polled.items():
+        place = f"partition={partition} offset="
+        sys.stdout.writelines(
+            f"{place}{message.offset} key={shown(message.key)} {shown(message.value)}\n"
+            for message in messages
+        )
+    sys.stdout.flush()
+
+
+def share_line(consumer: KafkaConsumer, settled: bool) -> str:
+    """Which partitions it has; empty while a newcomer waits for the others to give some up."""
+    held = sorted(partition for _, partition in consumer.assignment())
+    if held or not settled:
+        return ", ".join(map(str, held))
+    # consumer.partitions_for_topic() would ask again, for up to 30 s, where there is no topic.
+    if consumer._cluster.partitions_for_topic(TOPIC):
+        return "none, others have them"
+    return f"none, waiting: there is no topic {TOPIC}, or no right to read it"
+
+
+def show_events(consumer: KafkaConsumer) -> None:
+    """Until told to stop: prints the events that come, then commits them."""
+    known, since, failures = consumer.group_metadata(), 0.0, 0
+    share, said, uncommitted = "", "", False
+    while not stopping:
+        try:
+            if failures:
+                # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
+                # events from its buffer: the positions have moved, but nobody has seen them.
+                for partition in consumer.assignment():
+                    consumer.seek(partition, consumer.committed(partition, timeout_ms=1_000) or 0)
+            if known.state == MemberState.REBALANCING:
+                # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets
+                # it if poll() ends before the join: _perform_assignment() clears the cause.
+                consumer._coordinator.request_rejoin()
+            polled = consumer.poll(timeout_ms=500)
+            if (membership := consumer.group_metadata()) != known:
+                known, since, share = membership, time.monotonic(), ""
+            if known.state == MemberState.STABLE and not share:
+                share = share_line(consumer, settled=time.monotonic() - since > 2)
+            failures = 0
+        except (CorruptRecordError, UnsupportedCodecError) as error:
+            sys.exit(f"cannot read the events: {error}")  # kafka-python 3.0.12 loops in poll() now
+        except KafkaError as error:
+            failures += 1
+            if failures % 20 == 5 and not kafka_log.lost:  # most errors pass; then every 10 s
+                log.warning("cannot go on (%s); trying again", error)
+            time.sleep(0.5)
+            continue
+        if share and share != said:
+            said = share
+            log.info("partitions: %s", share)
+        print_events(polled)
+        # Only now: a crash before this line shows these events again, and none is ever lost.
+        uncommitted = uncommitted or bool(polled)
+        try:
+            if uncommitted:
+                consumer.commit(timeout_ms=1_000)
+                uncommitted = False
+        except CommitFailedError:  # frozen or cut off for 10 s, or no poll() for five minutes
+            log.warning("the group went on without this one: some events may be shown twice")
+            said = ""
+        except KafkaError:
+            pass  # the positions stay: the next commit covers these events as well
+
+
+# From here to connect(), as the settings above, the same in all three scripts: each stands alone.
 class KafkaLog(logging.Handler):
     """Tells when the connection is lost and back, out of all that kafka-python logs."""
 
@@ -97,84 +174,6 @@ def connect(client: Any, **settings: Any) -> Any:
         log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
         os._exit(1)  # sys.exit() would wait for the thread
     return connecting.result()
-
-
-def shown(data: bytes | None) -> str:
-    """One line that cannot drive the terminal: what is not printable UTF-8 is escaped."""
-    if data is None:
-        return "null"
-    text = data.decode(errors="backslashreplace")
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def print_events(polled: Any) -> None:
-    for (_, partition), messages in polled.items():
-        place = f"partition={partition} offset="
-        sys.stdout.writelines(
-            f"{place}{message.offset} key={shown(message.key)} {shown(message.value)}\n"
-            for message in messages
-        )
-    sys.stdout.flush()
-
-
-def share_line(consumer: KafkaConsumer, settled: bool) -> str:
-    """Which partitions it has; empty while a newcomer waits for the others to give some up."""
-    held = sorted(partition for _, partition in consumer.assignment())
-    if held or not settled:
-        return ", ".join(map(str, held))
-    # consumer.partitions_for_topic() would ask again, for up to 30 s, where there is no topic.
-    if consumer._cluster.partitions_for_topic(TOPIC):
-        return "none, others have them"
-    return f"none, waiting: there is no topic {TOPIC}, or no right to read it"
-
-
-def show_events(consumer: KafkaConsumer) -> None:
-    """Until told to stop: prints the events that come, then commits them."""
-    known, since, failures, warned = consumer.group_metadata(), 0.0, 0, False
-    share, said, uncommitted = "", "", False
-    while not stopping:
-        try:
-            if failures:
-                # poll() of kafka-python 3.0.12 may raise after Fetcher.fetch_records() has taken
-                # events from its buffer: the positions have moved, but nobody has seen them.
-                for partition in consumer.assignment():
-                    consumer.seek(partition, consumer.committed(partition, timeout_ms=1_000) or 0)
-            if known.state == MemberState.REBALANCING:
-                # A leader of kafka-python 3.0.12 that rejoins because the topic has changed forgets
-                # it if poll() ends before the join: _perform_assignment() clears the cause.
-                consumer._coordinator.request_rejoin()
-            polled = consumer.poll(timeout_ms=500)
-            if (membership := consumer.group_metadata()) != known:
-                known, since, share = membership, time.monotonic(), ""
-            if known.state == MemberState.STABLE and not share:
-                share = share_line(consumer, settled=time.monotonic() - since > 2)
-            failures, warned = 0, False
-        except (CorruptRecordError, UnsupportedCodecError) as error:
-            sys.exit(f"cannot read the events: {error}")  # kafka-python 3.0.12 loops in poll() now
-        except KafkaError as error:
-            failures += 1
-            if not (warned or kafka_log.lost or (error.retriable and failures < 5)):  # they pass
-                log.warning("cannot go on (%s); trying again", error)
-                warned = True
-            time.sleep(0.5)
-            continue
-        if share and share != said:
-            said = share
-            log.info("partitions: %s", share)
-        print_events(polled)
-        # Only now: a crash before this line shows these events again, and none is ever lost.
-        uncommitted = uncommitted or bool(polled)
-        try:
-            if uncommitted:
-                consumer.commit(timeout_ms=1_000)
-                uncommitted = False
-        except CommitFailedError:  # frozen or cut off for 10 s, or no poll() for five minutes
-            log.warning("the group went on without this one: some events may be shown twice")
-            said = ""
-        except KafkaError:
-            pass  # the positions stay: the next commit covers these events as well
 
 
 def main() -> None:

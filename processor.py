@@ -38,71 +38,6 @@ log = logging.getLogger("processor.py")
 stopping: list[int] = []  # not empty: told to stop
 
 
-# Down to connect(), as the settings above, the same in all three scripts: each stands alone.
-class KafkaLog(logging.Handler):
-    """Tells when the connection is lost and back, out of all that kafka-python logs."""
-
-    connections: frozenset[Any] = frozenset()  # those that stand, one or more to each broker
-    lost: bool | None = None  # None: not connected yet
-    reason = "no answer"
-
-    def emit(self, record: Any) -> None:
-        if record.msg == "%s: Connected":
-            self.connections |= {record.args[0]}
-            if self.lost:
-                log.info("connected to Kafka again")
-            self.lost = False
-        elif record.msg == "%s: Connection lost: %s":
-            reason = str(record.args[1]).rpartition("Error: ")[2]
-            if "ECONNREFUSED" in reason:
-                start = "run `docker compose up -d` or `python tests/broker.py`"
-                self.reason = f"connection refused; {start}"
-            elif "DNS" in reason:
-                self.reason = "host name not known"
-            elif record.args[0].broker_version:  # Kafka has answered: it was the login that failed
-                self.reason = f"authentication failed ({reason})"
-            else:
-                self.reason = f"{reason}; is Kafka there, and are the security settings right?"
-            # One broker of several may go: Kafka is lost with the last connection.
-            self.connections = frozenset(c for c in self.connections if c.connected)
-            if self.lost is False and not self.connections:
-                self.lost = True
-                log.info("no connection to Kafka (%s); trying again until there is one", reason)
-
-
-kafka_log = KafkaLog()
-
-
-def connect(client: Any, **settings: Any) -> Any:
-    """A connected client. Without one in 10 s it ends the script: the reason, and status 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("kafka").addHandler(kafka_log)
-    logging.getLogger("kafka").propagate = False
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
-    if unknown := SECURITY.keys() - client.DEFAULT_CONFIG:  # the client would show their values
-        sys.exit(f"no connection to Kafka: unknown setting KAFKA_{unknown.pop().upper()}")
-    protocols = ["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
-    if SECURITY.get("security_protocol", "SSL") not in protocols:  # would be taken for PLAINTEXT
-        sys.exit(f"no connection to Kafka: KAFKA_SECURITY_PROTOCOL is none of {protocols}")
-    # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
-    connecting = ThreadPoolExecutor().submit(
-        client,
-        bootstrap_servers=BOOTSTRAP_SERVERS,
-        client_id=log.name,  # tells the members of a group apart from outside
-        reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
-        **SECURITY,
-        **settings,
-    )
-    if wait([connecting], timeout=2).not_done:
-        log.info("not connected to %s yet", BOOTSTRAP_SERVERS)
-    wait([connecting], timeout=8)
-    error = connecting.exception() if connecting.done() else kafka_log.reason
-    if error:
-        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
-        os._exit(1)  # sys.exit() would wait for the thread
-    return connecting.result()
-
-
 def read_event(value: bytes | None) -> tuple[str, str]:
     """Returns the event's (user_id, action). Raises ValueError, which says why, if it is none."""
     if value is None:
@@ -244,7 +179,7 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
     """Counts, and shows the counts, until told to stop or with `once` until it has shown some."""
     counts = Counts(consumer)
     consumer.subscribe([TOPIC], listener=counts)
-    known, since, failures, warned = consumer.group_metadata(), 0.0, 0, False
+    known, since, failures = consumer.group_metadata(), 0.0, 0
     printed = share = said = ""
     next_report = time.monotonic() + 2  # the first counts do not wait for it
     last_round = False
@@ -264,14 +199,13 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
                 known, since, share = membership, now, ""
             if known.state == MemberState.STABLE and not share:
                 share = share_line(consumer, settled=now - since > 2)
-            failures, warned = 0, False
+            failures = 0
         except (CorruptRecordError, UnsupportedCodecError) as error:
             sys.exit(f"cannot read the events: {error}")  # kafka-python 3.0.12 loops in poll() now
         except KafkaError as error:
             failures += 1
-            if not (warned or kafka_log.lost or (error.retriable and failures < 5)):  # they pass
+            if failures % 20 == 5 and not kafka_log.lost:  # most errors pass; then every 10 s
                 log.warning("cannot go on (%s); trying again", error)
-                warned = True
             time.sleep(0.5)
             continue
         if share and share != said:
@@ -282,6 +216,71 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
         printed = report(counts, left, printed, share)
         # Printing takes less than a tenth of the time, however many users there are.
         next_report = now + max(1, 15 * (time.monotonic() - now))
+
+
+# From here to connect(), as the settings above, the same in all three scripts: each stands alone.
+class KafkaLog(logging.Handler):
+    """Tells when the connection is lost and back, out of all that kafka-python logs."""
+
+    connections: frozenset[Any] = frozenset()  # those that stand, one or more to each broker
+    lost: bool | None = None  # None: not connected yet
+    reason = "no answer"
+
+    def emit(self, record: Any) -> None:
+        if record.msg == "%s: Connected":
+            self.connections |= {record.args[0]}
+            if self.lost:
+                log.info("connected to Kafka again")
+            self.lost = False
+        elif record.msg == "%s: Connection lost: %s":
+            reason = str(record.args[1]).rpartition("Error: ")[2]
+            if "ECONNREFUSED" in reason:
+                start = "run `docker compose up -d` or `python tests/broker.py`"
+                self.reason = f"connection refused; {start}"
+            elif "DNS" in reason:
+                self.reason = "host name not known"
+            elif record.args[0].broker_version:  # Kafka has answered: it was the login that failed
+                self.reason = f"authentication failed ({reason})"
+            else:
+                self.reason = f"{reason}; is Kafka there, and are the security settings right?"
+            # One broker of several may go: Kafka is lost with the last connection.
+            self.connections = frozenset(c for c in self.connections if c.connected)
+            if self.lost is False and not self.connections:
+                self.lost = True
+                log.info("no connection to Kafka (%s); trying again until there is one", reason)
+
+
+kafka_log = KafkaLog()
+
+
+def connect(client: Any, **settings: Any) -> Any:
+    """A connected client. Without one in 10 s it ends the script: the reason, and status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("kafka").addHandler(kafka_log)
+    logging.getLogger("kafka").propagate = False
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to finish
+    if unknown := SECURITY.keys() - client.DEFAULT_CONFIG:  # the client would show their values
+        sys.exit(f"no connection to Kafka: unknown setting KAFKA_{unknown.pop().upper()}")
+    protocols = ["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+    if SECURITY.get("security_protocol", "SSL") not in protocols:  # would be taken for PLAINTEXT
+        sys.exit(f"no connection to Kafka: KAFKA_SECURITY_PROTOCOL is none of {protocols}")
+    # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
+    connecting = ThreadPoolExecutor().submit(
+        client,
+        bootstrap_servers=BOOTSTRAP_SERVERS,
+        client_id=log.name,  # tells the members of a group apart from outside
+        reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
+        **SECURITY,
+        **settings,
+    )
+    if wait([connecting], timeout=2).not_done:
+        log.info("not connected to %s yet", BOOTSTRAP_SERVERS)
+    wait([connecting], timeout=8)
+    error = connecting.exception() if connecting.done() else kafka_log.reason
+    if error:
+        log.error("no connection to Kafka at %s: %s", BOOTSTRAP_SERVERS, error)
+        os._exit(1)  # sys.exit() would wait for the thread
+    return connecting.result()
 
 
 def main() -> None:

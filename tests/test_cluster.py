@@ -53,6 +53,7 @@ def test_each_of_three_brokers_is_killed_in_turn(
     processor = start("processor.py", "--group", "counting", address=cluster.address)
     scripts = [producer, *consumers, processor]
     until(settled(witness, 2), "the consumers share the partitions")
+    until(lambda: processor.snapshots, "the processor is connected to all three")
     for broker in cluster.brokers:
         broker.kill()
         killed = time.monotonic()
@@ -61,7 +62,7 @@ def test_each_of_three_brokers_is_killed_in_turn(
             until(lambda: len(script.lines) > lines + 10, f"{script.command[1]} goes on")
         print(f"{broker.address}: all at work {time.monotonic() - killed:.1f} s after its end")
         if broker is cluster.brokers[0]:
-            # Both have been connected to all three, which lead a partition each.
+            # Both were connected to all three, which lead a partition each.
             assert "no connection" not in producer.err + processor.err
         broker.start()
         until(lambda: witness.copies(in_sync=True) == [3, 3, 3], "the cluster is whole again")
@@ -111,7 +112,7 @@ def test_a_partition_without_a_leader_is_waited_for(
     processor = start(command=command, address=cluster.address)
     until(lambda: len(consumer.lines) == 20, "what has a leader is shown")
     living = {int(text[len("partition=")]) for text in consumer.lines}
-    until(lambda: "trying again" in processor.err, "it says that it cannot go on")
+    until(lambda: "cannot go on (" in processor.err, "it says that it cannot go on")
     cluster.brokers[2].start()
     until(lambda: processor.snapshots, "it counts when the leader is back")
     assert processor.snapshots[0] == everything

@@ -167,7 +167,7 @@ def test_members_come_and_go_and_crash_at_random(start: Start, witness: Witness)
     producer = start("producer.py", "--interval", "0.02")
     members = [start("consumer.py"), start("processor.py")]
     gone: list[Script] = []
-    end = time.monotonic() + 15
+    end = time.monotonic() + 10
     while time.monotonic() < end:
         if len(members) < 2 or (len(members) < 6 and dice.random() < 0.6):
             members.append(start(dice.choice(["consumer.py", "processor.py"])))
@@ -225,13 +225,15 @@ KafkaProducer.DEFAULT_CONFIG.update(delivery_timeout_ms=3_000, request_timeout_m
 """
 
 
-def test_producer_gives_up_on_a_broker_that_never_comes_back(
-    start: Start, fragile_broker: Broker
-) -> None:
+def test_producer_gives_up_on_a_broker_that_answers_no_more(start: Start, broker: Broker) -> None:
     producer = start(command=patched(IMPATIENT, "producer.py", "--interval", "0.01"))
     until(lambda: len(producer.lines) > 20, "it is at it")
-    fragile_broker.kill()
-    assert producer.wait(40) == 1
+    assert broker.process is not None
+    broker.process.send_signal(signal.SIGSTOP)
+    try:
+        assert producer.wait(40) == 1
+    finally:
+        broker.process.send_signal(signal.SIGCONT)
     assert_plain(producer)
     assert "not delivered: KafkaTimeoutError" in producer.err
     match = re.fullmatch(r"(\d+) delivered, (\d+) failed", producer.err.splitlines()[-1])
@@ -340,8 +342,7 @@ def test_a_poll_that_raises_loses_nothing(start: Start, witness: Witness) -> Non
     until(lambda: processor.snapshots, "all events are counted")
     for script in (consumer, processor):
         assert script.stop() == 0
-        # Twice it cannot, at most, and each time it says so once.
-        assert 1 <= script.err.count("cannot go on (UnknownBrokerIdError: 2); trying again") <= 2
+        assert "cannot go on" not in script.err  # what passes is not worth a line
         assert_plain(script)
     assert shown(consumer) == sorted(map(line, log))
     assert processor.snapshots[0] == count(log)

@@ -36,7 +36,7 @@ def test_what_recurs_is_the_same_in_all_scripts() -> None:
         text = (ROOT / script).read_text()
         start = text.index("BOOTSTRAP_SERVERS = ")
         settings.append(text[start : text.index("\n}\n", start)])
-        start = text.index("stopping: list[int] = []")
+        start = text.index("class KafkaLog(")
         functions.append(text[start : text.index("\n\n\n", text.index("def connect("))])
     assert settings[0] == settings[1] == settings[2]
     assert functions[0] == functions[1] == functions[2]
@@ -249,7 +249,7 @@ def test_processor_prints_when_something_changed_and_at_most_once_a_second(
 
 
 def test_first_snapshot_is_whole_under_a_running_producer(start: Start, witness: Witness) -> None:
-    produce(start, 20_000)
+    produce(start, 5_000)
     held_at_start = count(witness.log())
     producer = start("producer.py", "--interval", "0", "--quiet")
     seen = len(witness.log())
