@@ -274,12 +274,13 @@ class Witness:
         consumer = Consumer(
             {**self.settings, "group.id": "witness", "enable.partition.eof": True}
             | {"enable.auto.commit": False, "auto.offset.reset": "earliest"}
+            | {"fetch.wait.max.ms": 10}  # before the broker says that there is no more
         )
         unread = set(self.partitions())
         consumer.assign([TopicPartition(TOPIC, number, 0) for number in unread])
         messages = []
         while unread:
-            for message in consumer.consume(10_000, timeout=1):
+            for message in consumer.consume(1_000, timeout=0.05):
                 partition, offset, error = message.partition(), message.offset(), message.error()
                 assert partition is not None
                 assert offset is not None

@@ -42,7 +42,10 @@ PLAIN_USERS = f'user_plain="{PASSWORD}" user_nobody="{PASSWORD}"'
 
 
 class SecuredBroker:
-    """A running broker with three doors: open, SASL over TLS, and TLS with client certificates."""
+    """A running broker with three doors: open, SASL over TLS, and TLS with client certificates.
+
+    Behind two more it names itself at an address that is of no use here, a common mistake.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,9 +54,13 @@ class SecuredBroker:
         self.stranger.cert_pem.write_to_path(folder / "stranger.pem")
         self.write_pem("server", "localhost")
         self.write_pem("client", "client.example")
-        ports = {name: free_port() for name in ("PLAINTEXT", "SASL", "MUTUAL", "CONTROLLER")}
-        self.sasl, self.mutual = f"localhost:{ports['SASL']}", f"localhost:{ports['MUTUAL']}"
+        names = ("PLAINTEXT", "SASL", "MUTUAL", "NOHOST", "NOPORT", "CONTROLLER")
+        ports = {name: free_port() for name in names}
+        self.sasl, self.mutual, self.nohost, self.noport = (
+            f"localhost:{ports[name]}" for name in names[1:5]
+        )
         doors = [f"{name}://localhost:{port}" for name, port in ports.items()]
+        mistakes = ["NOHOST://no.such.host.invalid:9092", "NOPORT://localhost:1"]
         login = "org.apache.kafka.common.security"
         self.broker = Broker(
             folder,
@@ -62,9 +69,9 @@ class SecuredBroker:
             | {
                 "KAFKA_CONTROLLER_QUORUM_VOTERS": f"1@localhost:{ports['CONTROLLER']}",
                 "KAFKA_LISTENERS": ",".join(doors),
-                "KAFKA_ADVERTISED_LISTENERS": ",".join(doors[:3]),
+                "KAFKA_ADVERTISED_LISTENERS": ",".join(doors[:3] + mistakes),
                 "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "PLAINTEXT:PLAINTEXT,"
-                "CONTROLLER:PLAINTEXT,SASL:SASL_SSL,MUTUAL:SSL",
+                "CONTROLLER:PLAINTEXT,SASL:SASL_SSL,MUTUAL:SSL,NOHOST:PLAINTEXT,NOPORT:PLAINTEXT",
                 "KAFKA_SASL_ENABLED_MECHANISMS": "PLAIN,SCRAM-SHA-512",
                 # The image turns ___ into a hyphen.
                 "KAFKA_LISTENER_NAME_SASL_PLAIN_SASL_JAAS_CONFIG": f"{login}.plain.PlainLoginModule"
@@ -212,6 +219,22 @@ def test_every_wrong_way_has_its_reason(start: Start, secured: SecuredBroker) ->
         assert re.match(f"no connection to Kafka{where}: .*{reason}", last, re.IGNORECASE), last
         for nowhere in ("docker", "broker.py", PASSWORD, "Traceback"):
             assert nowhere not in script.err
+
+
+def test_brokers_that_cannot_be_reached_at_their_own_address(
+    start: Start, secured: SecuredBroker
+) -> None:
+    reasons = {secured.nohost: r"DNS", secured.noport: r"\d+ ECONNREFUSED"}
+    scripts = [(start(name, address=to), name, to) for to in reasons for name in SCRIPTS]
+    for script, name, address in scripts:
+        lost = rf"no connection to Kafka \({reasons[address]}.*"
+        until(lambda: re.search(lost, script.err), "it says so")
+        if name == "producer.py":
+            assert script.wait() == 1
+            lost += f"\nno connection to the brokers that {address} names"
+        else:
+            assert script.stop(timeout=20) == 0
+        assert re.fullmatch(f"{lost}\n", script.err)
 
 
 def allow(witness: Witness, resource: ResourceType, name: str) -> None:

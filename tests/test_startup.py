@@ -9,11 +9,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from broker import Broker, free_port
-from conftest import CHEAP
+from broker import free_port
 from harness import SCRIPTS, Start, Witness, produce, python, until
 
 
@@ -179,30 +177,3 @@ def test_one_ctrl_c_sent_twice_is_one(start: Start, witness: Witness) -> None:
             script.process.send_signal(signal.SIGINT)
         assert script.wait() == 0
     assert sum(witness.committed().values()) == 1000
-
-
-def test_brokers_that_cannot_be_reached_at_their_own_address(start: Start, tmp_path: Path) -> None:
-    """Kafka answers, and names a broker at an address that is of no use here: a common mistake."""
-    doors = {name: f"localhost:{free_port()}" for name in ("PLAINTEXT", "OTHER", "CONTROLLER")}
-    listeners = [f"{name}://{address}" for name, address in doors.items()]
-    environment = CHEAP | {
-        "KAFKA_CONTROLLER_QUORUM_VOTERS": f"1@{doors['CONTROLLER']}",
-        "KAFKA_LISTENERS": ",".join(listeners),
-        "KAFKA_ADVERTISED_LISTENERS": "PLAINTEXT://no.such.host.invalid:9092,OTHER://localhost:1",
-        "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": ",".join(f"{name}:PLAINTEXT" for name in doors),
-    }
-    folder = tmp_path / "broker"
-    folder.mkdir()
-    port = int(doors["PLAINTEXT"].partition(":")[2])
-    with Broker(folder, port, environment):
-        reasons = {doors["PLAINTEXT"]: r"DNS", doors["OTHER"]: r"\d+ ECONNREFUSED"}
-        scripts = [(start(name, address=to), name, to) for to in reasons for name in SCRIPTS]
-        for script, name, address in scripts:
-            lost = rf"no connection to Kafka \({reasons[address]}.*"
-            until(lambda: re.search(lost, script.err), "it says so")
-            if name == "producer.py":
-                assert script.wait() == 1
-                lost += f"\nno connection to the brokers that {address} names"
-            else:
-                assert script.stop(timeout=20) == 0
-            assert re.fullmatch(f"{lost}\n", script.err)
