@@ -30,8 +30,8 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-log = logging.getLogger("consumer.py")
-stopping: list[int] = []  # not empty: told to stop
+log = logging.getLogger("consumer.py")  # kafka_log, further down, watches the connection
+stopping: list[int] = []  # not empty: told to stop; a signal handler can append to it
 
 
 def shown(data: bytes | None) -> str:
@@ -90,7 +90,7 @@ def show_events(consumer: KafkaConsumer) -> None:
             sys.exit(f"cannot read the events: {error}")  # kafka-python 3.0.12 loops in poll() now
         except KafkaError as error:
             failures += 1
-            if failures % 20 == 5 and not kafka_log.lost:  # most errors pass; then every 10 s
+            if failures % 20 == 5 and not kafka_log.lost:  # most errors pass sooner
                 log.warning("cannot go on (%s); trying again", error)
             time.sleep(0.5)
             continue
@@ -99,7 +99,8 @@ def show_events(consumer: KafkaConsumer) -> None:
             log.info("partitions: %s", share)
         print_events(polled)
         # Only now: a crash before this line shows these events again, and none is ever lost.
-        uncommitted = uncommitted or bool(polled)
+        if polled:
+            uncommitted = True
         try:
             if uncommitted:
                 consumer.commit(timeout_ms=1_000)
@@ -113,14 +114,17 @@ def show_events(consumer: KafkaConsumer) -> None:
 
 # From here to connect(), as the settings above, the same in all three scripts: each stands alone.
 class KafkaLog(logging.Handler):
-    """Tells when the connection is lost and back, out of all that kafka-python logs."""
+    """Tells when the connection is lost and back, by the texts that kafka-python 3.0.12 logs."""
 
     connections: frozenset[Any] = frozenset()  # those that stand, one or more to each broker
     lost: bool | None = None  # None: not connected yet
-    reason = "no answer"
+    reason = "no answer"  # why there is no connection yet, for connect()
+    address = BOOTSTRAP_SERVERS  # of the broker tried last, by the name that it gives itself
 
     def emit(self, record: Any) -> None:
-        if record.msg == "%s: Connected":
+        if record.msg.startswith("Initializing connection for node_id %s at %s:%s"):
+            self.address = f"{record.args[1]}:{record.args[2]}"
+        elif record.msg == "%s: Connected":
             self.connections |= {record.args[0]}
             if self.lost:
                 log.info("connected to Kafka again")
@@ -140,7 +144,7 @@ class KafkaLog(logging.Handler):
             self.connections = frozenset(c for c in self.connections if c.connected)
             if self.lost is False and not self.connections:
                 self.lost = True
-                log.info("no connection to Kafka (%s); trying again until there is one", reason)
+                log.info("no connection to Kafka at %s (%s); trying again", self.address, reason)
 
 
 kafka_log = KafkaLog()
@@ -155,7 +159,7 @@ def connect(client: Any, **settings: Any) -> Any:
     if unknown := SECURITY.keys() - client.DEFAULT_CONFIG:  # the client would show their values
         sys.exit(f"no connection to Kafka: unknown setting KAFKA_{unknown.pop().upper()}")
     protocols = ["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
-    if SECURITY.get("security_protocol", "SSL") not in protocols:  # would be taken for PLAINTEXT
+    if SECURITY.get("security_protocol", "PLAINTEXT") not in protocols:  # taken for PLAINTEXT
         sys.exit(f"no connection to Kafka: KAFKA_SECURITY_PROTOCOL is none of {protocols}")
     # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(

@@ -34,8 +34,8 @@ SECURITY = {
     for name, value in os.environ.items()
     if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))
 }
-log = logging.getLogger("processor.py")
-stopping: list[int] = []  # not empty: told to stop
+log = logging.getLogger("processor.py")  # kafka_log, further down, watches the connection
+stopping: list[int] = []  # not empty: told to stop; a signal handler can append to it
 
 
 def read_event(value: bytes | None) -> tuple[str, str]:
@@ -178,7 +178,7 @@ def report(counts: Counts, left: float, printed: str, share: str) -> str:
 def count_events(consumer: KafkaConsumer, once: bool) -> None:
     """Counts, and shows the counts, until told to stop or with `once` until it has shown some."""
     counts = Counts(consumer)
-    consumer.subscribe([TOPIC], listener=counts)
+    consumer.subscribe([TOPIC], listener=counts)  # told which partitions come and go
     known, since, failures = consumer.group_metadata(), 0.0, 0
     printed = share = said = ""
     next_report = time.monotonic() + 2  # the first counts do not wait for it
@@ -204,7 +204,7 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
             sys.exit(f"cannot read the events: {error}")  # kafka-python 3.0.12 loops in poll() now
         except KafkaError as error:
             failures += 1
-            if failures % 20 == 5 and not kafka_log.lost:  # most errors pass; then every 10 s
+            if failures % 20 == 5 and not kafka_log.lost:  # most errors pass sooner
                 log.warning("cannot go on (%s); trying again", error)
             time.sleep(0.5)
             continue
@@ -220,14 +220,17 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
 
 # From here to connect(), as the settings above, the same in all three scripts: each stands alone.
 class KafkaLog(logging.Handler):
-    """Tells when the connection is lost and back, out of all that kafka-python logs."""
+    """Tells when the connection is lost and back, by the texts that kafka-python 3.0.12 logs."""
 
     connections: frozenset[Any] = frozenset()  # those that stand, one or more to each broker
     lost: bool | None = None  # None: not connected yet
-    reason = "no answer"
+    reason = "no answer"  # why there is no connection yet, for connect()
+    address = BOOTSTRAP_SERVERS  # of the broker tried last, by the name that it gives itself
 
     def emit(self, record: Any) -> None:
-        if record.msg == "%s: Connected":
+        if record.msg.startswith("Initializing connection for node_id %s at %s:%s"):
+            self.address = f"{record.args[1]}:{record.args[2]}"
+        elif record.msg == "%s: Connected":
             self.connections |= {record.args[0]}
             if self.lost:
                 log.info("connected to Kafka again")
@@ -247,7 +250,7 @@ class KafkaLog(logging.Handler):
             self.connections = frozenset(c for c in self.connections if c.connected)
             if self.lost is False and not self.connections:
                 self.lost = True
-                log.info("no connection to Kafka (%s); trying again until there is one", reason)
+                log.info("no connection to Kafka at %s (%s); trying again", self.address, reason)
 
 
 kafka_log = KafkaLog()
@@ -262,7 +265,7 @@ def connect(client: Any, **settings: Any) -> Any:
     if unknown := SECURITY.keys() - client.DEFAULT_CONFIG:  # the client would show their values
         sys.exit(f"no connection to Kafka: unknown setting KAFKA_{unknown.pop().upper()}")
     protocols = ["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
-    if SECURITY.get("security_protocol", "SSL") not in protocols:  # would be taken for PLAINTEXT
+    if SECURITY.get("security_protocol", "PLAINTEXT") not in protocols:  # taken for PLAINTEXT
         sys.exit(f"no connection to Kafka: KAFKA_SECURITY_PROTOCOL is none of {protocols}")
     # In a thread, for kafka-python 3.0.12 sets no limit to a TLS handshake.
     connecting = ThreadPoolExecutor().submit(

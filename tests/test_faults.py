@@ -34,7 +34,7 @@ from harness import (
 )
 from kafka import KafkaProducer
 
-LOST = re.compile(r"^no connection to Kafka \(.+\); trying again until there is one$", re.MULTILINE)
+LOST = re.compile(r"^no connection to Kafka at \S+ \(.+\); trying again$", re.MULTILINE)
 BACK = "connected to Kafka again"
 
 

@@ -28,7 +28,7 @@ def test_the_topic_comes_late(start: Start, witness: Witness) -> None:
     producer = start("producer.py")
     assert producer.wait(30) == 1
     assert producer.out == ""
-    match = re.fullmatch(r"there is no topic events; create it with `(.*)`\n", producer.err)
+    match = re.fullmatch(r"no topic events in 4 s; if there is none: `(.*)`\n", producer.err)
     assert match
     for reader in readers:
         until(lambda: ABSENT in reader.err, "it says why it waits")
