@@ -127,7 +127,7 @@ class KafkaLog(logging.Handler):
     address = BOOTSTRAP_SERVERS  # of the broker tried last, by the name that it gives itself
 
     def emit(self, record: Any) -> None:
-        if record.msg.startswith("Initializing connection for node_id %s at %s:%s"):
+        if record.msg == "Initializing connection for node_id %s at %s:%s (rack=%s)":
             self.address = f"{record.args[1]}:{record.args[2]}"
         elif record.msg == "%s: Connected":
             self.connections |= {record.args[0]}

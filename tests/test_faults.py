@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from broker import ROOT, Broker, free_port
 from confluent_kafka import Consumer
-from conftest import CHEAP, QUICK_RETURN
+from conftest import CHEAP
 from harness import (
     GROUP,
     TOPIC,
@@ -67,12 +67,12 @@ def test_another_consumer_takes_over_from_a_killed_one(start: Start, witness: Wi
 @pytest.fixture(params=["directly", "through a proxy"])
 def outage_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Broker, str]]:
     """A broker to stop and start, and the address at which the clients find it."""
+    if request.param == "directly":
+        broker = request.getfixturevalue("fragile_broker")
+        yield broker, broker.address
+        return
     folder = tmp_path / "broker"
     folder.mkdir()
-    if request.param == "directly":
-        with Broker(folder, environment=QUICK_RETURN) as broker:
-            yield broker, broker.address
-        return
     public = free_port()
     listeners = CHEAP | {"KAFKA_ADVERTISED_LISTENERS": f"PLAINTEXT://localhost:{public}"}
     with Broker(folder, environment=listeners) as broker:

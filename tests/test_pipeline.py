@@ -36,8 +36,11 @@ def test_what_recurs_is_the_same_in_all_scripts() -> None:
         text = (ROOT / script).read_text()
         start = text.index("BOOTSTRAP_SERVERS = ")
         settings.append(text[start : text.index("\n}\n", start)])
+        start = text.index("stopping: list[int] = []")
+        stopping = text[start : text.index("\n", start)]
         start = text.index("class KafkaLog(")
-        functions.append(text[start : text.index("\n\n\n", text.index("def connect("))])
+        connecting = text[start : text.index("\n\n\n", text.index("def connect("))]
+        functions.append((stopping, connecting))
     assert settings[0] == settings[1] == settings[2]
     assert functions[0] == functions[1] == functions[2]
     assert 'TOPIC = "events"' in settings[0]
