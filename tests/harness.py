@@ -168,6 +168,8 @@ class Proxy:
                 if not passes(message):
                     break
                 sink.sendall(size + message)
+        # kafka-python loses an answer with which the end of the connection comes.
+        time.sleep(0.1)
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -346,7 +348,7 @@ def count(messages: Iterable[Message]) -> Counts:
     total: Counts = {}
     for message in messages:
         assert message.value is not None
-        fields = json.loads(message.value, parse_int=float)
+        fields = json.loads(message.value)
         actions = total.setdefault(fields["user_id"], {})
         actions[fields["action"]] = actions.get(fields["action"], 0) + 1
     return total
@@ -365,7 +367,7 @@ def produce(start: Start, number: int) -> Script:
     """Sends that many events as fast as it goes and waits for them."""
     producer = start("producer.py", "--count", str(number), "--interval", "0")
     assert producer.wait() == 0
-    assert producer.err.splitlines()[-1] == f"{number} delivered, 0 failed"
+    assert producer.err.splitlines()[-1] == f"--- {number} delivered, 0 failed"
     assert len(producer.lines) == number
     return producer
 
@@ -406,3 +408,9 @@ def patched(lines: str, script: str, *arguments: str) -> list[str]:
     """The command that runs one of the scripts after these lines, which change kafka-python."""
     run = f'import runpy; runpy.run_path({str(ROOT / script)!r}, run_name="__main__")'
     return [sys.executable, "-c", f"{lines}\n{run}", *arguments]
+
+
+def choosing(expression: str) -> str:
+    """Lines for patched(): the producer takes this for every user and every action."""
+    choice = f"lambda values: {expression} if type(values[0]) is str else choice(values)"
+    return f"import random; choice, left = random.choice, list('abcd'); random.choice = {choice}"

@@ -58,7 +58,7 @@ def test_it_serves_a_command_on_a_free_port_and_ends_with_its_status(
         assert broker.wait() == 7
     [own] = re.findall(r"^KAFKA_BOOTSTRAP_SERVERS=localhost:(\d+)$", broker.out, re.MULTILINE)
     assert int(own) != port
-    assert broker.err == "3 delivered, 0 failed\n"
+    assert broker.err == "--- 3 delivered, 0 failed\n"
     assert not (tmp_path / ".kafka").exists()
 
 

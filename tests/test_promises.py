@@ -30,13 +30,8 @@ from harness import (
 pytestmark = pytest.mark.xdist_group("proxied")  # one worker, and so one broker
 
 # API keys: Kafka's numbers for the kinds of request.
-PRODUCE, FETCH, SYNC_GROUP, OFFSET_FOR_LEADER_EPOCH = 0, 1, 14, 23
+PRODUCE, SYNC_GROUP = 0, 14
 
-LONG_POLL = """
-from kafka import KafkaConsumer
-poll = KafkaConsumer.poll
-KafkaConsumer.poll = lambda self, **_: poll(self, timeout_ms=2_000)
-"""
 SLOW_POLL = """
 import time
 from kafka import KafkaConsumer
@@ -228,58 +223,6 @@ def test_a_join_that_outlasts_a_poll_is_completed(script: str, start: Start, pro
     witness.write([(2, b"key", event())])
     until(lambda: reader.lines, "it has got its partitions", timeout=30)
     assert reader.stop() == 0
-
-
-@pytest.mark.parametrize("case", ["cut", "trickle", "burst", "elsewhere"])
-def test_every_snapshot_around_a_replaced_topic_is_whole(
-    case: str, start: Start, proxy: Proxy
-) -> None:
-    """Deleted and created anew behind its back: kafka-python believes that the log was truncated.
-
-    It then goes back to the new log's end, and does so within the poll() that finds that out.
-    - cut: it loses the next fetch and with it the session, so it is told how long the new log is
-    - trickle: the same poll() brings the next events of the new log
-    - burst: so many of them that it is past what it has counted of the old one
-    - elsewhere: it brings the events of partitions that were empty, of which it knows the first
-    """
-    to_come = {"cut": [OFFSET_FOR_LEADER_EPOCH, FETCH], "elsewhere": []}.get(
-        case, [OFFSET_FOR_LEADER_EPOCH]
-    )
-
-    def answers(api_key: int) -> bool:
-        if api_key not in to_come[:1]:
-            return True
-        to_come.pop(0)
-        if case == "cut":
-            return bool(to_come)  # the last of them is lost
-        write("new", 180 if case == "burst" else 3)  # it is told of the log without these
-        return True
-
-    def write(era: str, number: int, partitions: int = 3) -> None:
-        users = [(i % partitions, f"{era} {i % partitions}") for i in range(number)]
-        witness.write((partition, b"key", event(user)) for partition, user in users)
-
-    witness = Witness(proxy.address)
-    witness.create(3)
-    write("old", 315 if case == "burst" else 3000, partitions=1 if case == "elsewhere" else 3)
-    processor = start(command=patched(LONG_POLL, "processor.py"), address=proxy.address)
-    until(lambda: processor.snapshots, "the old topic's events are counted")
-    old = count(witness.log())
-    processor.process.send_signal(signal.SIGSTOP)
-    witness.delete()
-    witness.create(3)
-    write("new", 300)
-    proxy.answers = answers
-    processor.process.send_signal(signal.SIGCONT)
-    until(lambda: not to_come, "it has been told")
-    new = count(witness.log())
-    until(lambda: processor.snapshots[-1] == new, "the new events are counted", timeout=30)
-    assert processor.stop() == 0
-    for snapshot in processor.snapshots:
-        assert snapshot == old or (
-            snapshot.keys() == new.keys()
-            and all(100 <= snapshot[user]["view"] <= new[user]["view"] for user in new)
-        )
 
 
 def test_every_snapshot_is_whole_while_members_come_and_go(start: Start, witness: Witness) -> None:
