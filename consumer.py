@@ -14,7 +14,7 @@ from typing import Any
 
 from kafka import KafkaConsumer
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import CommitFailedError, KafkaError, RequestTimedOutError
+from kafka.errors import CommitFailedError, CorruptRecordError, KafkaError, RequestTimedOutError
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
@@ -63,6 +63,8 @@ def show_events(consumer: KafkaConsumer) -> None:
                 consumer._coordinator.request_rejoin()  # KAFKA-9815: a long join gets forgotten
             polled = consumer.poll(timeout_ms=500)
             failures = 0
+        except CorruptRecordError as error:  # the next poll() of kafka-python would never end
+            sys.exit(f"--- cannot read the events: {error}")
         except KafkaError as error:
             failures += 1
             if failures == 3:  # most errors pass sooner
@@ -132,7 +134,7 @@ def connect(client: Any, *topics: str, **settings: Any) -> Any:
     logging.getLogger("kafka").addHandler(BrokerNews())
     logging.getLogger("kafka").propagate = False
     # Of several addresses each try takes one, picked at random, which may be silent all the time.
-    for seconds in (1, 2, 3, 4) if "," in BOOTSTRAP_SERVERS else (10,):
+    for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
         with contextlib.suppress(KafkaError, ValueError):
             return client(*topics, bootstrap_timeout_ms=seconds * 1_000, **settings)
     sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}: docker compose up -d or python tests/broker.py")

@@ -155,7 +155,7 @@ def connect(client: Any, *topics: str, **settings: Any) -> Any:
     logging.getLogger("kafka").addHandler(BrokerNews())
     logging.getLogger("kafka").propagate = False
     # Of several addresses each try takes one, picked at random, which may be silent all the time.
-    for seconds in (1, 2, 3, 4) if "," in BOOTSTRAP_SERVERS else (10,):
+    for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
         with contextlib.suppress(KafkaError, ValueError):
             return client(*topics, bootstrap_timeout_ms=seconds * 1_000, **settings)
     sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}: docker compose up -d or python tests/broker.py")

@@ -5,6 +5,7 @@ The witness is confluent-kafka (librdkafka), which shares no code with the clien
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -122,14 +123,22 @@ class Proxy:
     `answers(api_key)` is called with each response of the broker, and is given the API key of its
     request. It says whether the response is passed on, and may take its time to say so; if not,
     the connection is cut. A test may put another function in its place.
+
+    So it may give the way a delay, in seconds a request, and a rate, in bytes of answers a second
+    of all connections together.
     """
 
     def __init__(self, port: int, target: int) -> None:
         self.address = f"localhost:{port}"
         self.target = target
-        self.answers: Callable[[int], bool] = lambda api_key: True
+        self.reset()
+        self.line = threading.Lock()
         self.listener = socket.create_server(("127.0.0.1", port), backlog=100)
         threading.Thread(target=self.accept, daemon=True).start()
+
+    def reset(self) -> None:
+        self.answers: Callable[[int], bool] = lambda api_key: True
+        self.delay, self.rate = 0.0, math.inf
 
     def accept(self) -> None:
         with contextlib.suppress(OSError):  # it is closed
@@ -149,17 +158,29 @@ class Proxy:
         def request(message: bytes) -> bool:
             api_key, _, correlation_id = struct.unpack_from(">hhi", message)
             api_keys[correlation_id] = api_key
+            time.sleep(self.delay)
             return True
 
         def response(message: bytes) -> bool:
             [correlation_id] = struct.unpack_from(">i", message)
             return self.answers(api_keys.pop(correlation_id))
 
-        for arguments in ((client, server, request), (server, client, response)):
+        def paced(data: bytes) -> None:
+            for start in range(0, len(data), 10_000):
+                with self.line:
+                    time.sleep(len(data[start : start + 10_000]) / self.rate)
+                client.sendall(data[start : start + 10_000])
+
+        ways = ((client, request, server, server.sendall), (server, response, client, paced))
+        for arguments in ways:
             threading.Thread(target=self.copy, args=arguments, daemon=True).start()
 
     def copy(
-        self, source: socket.socket, sink: socket.socket, passes: Callable[[bytes], bool]
+        self,
+        source: socket.socket,
+        passes: Callable[[bytes], bool],
+        sink: socket.socket,
+        send: Callable[[bytes], None],
     ) -> None:
         # struct.error: a message that is cut off, for its sender was killed.
         with contextlib.suppress(OSError, struct.error), source.makefile("rb") as stream:
@@ -167,7 +188,7 @@ class Proxy:
                 message = stream.read(int.from_bytes(size, "big"))
                 if not passes(message):
                     break
-                sink.sendall(size + message)
+                send(size + message)
         # kafka-python loses an answer with which the end of the connection comes.
         time.sleep(0.1)
         for end in (source, sink):

@@ -1,6 +1,7 @@
 """Three brokers, each partition on all of them: the loss of one is no loss of Kafka."""
 
 import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,3 +134,63 @@ def test_a_partition_without_a_leader_is_waited_for(
     for script in (consumer, processor):
         assert script.stop() == 0
         assert_plain(script)
+
+
+# Has the script try this address first, of those that it is given, and then any.
+FIRST = """
+import random
+choice, first = random.choice, [{port}]
+def choose(values):
+    port = first.pop() if first and hasattr(values[0], "port") else None
+    return next((value for value in values if port and value.port == port), choice(values))
+random.choice = choose
+"""
+
+
+def test_one_address_of_three_is_silent(start: Start, cluster: Cluster, witness: Witness) -> None:
+    """As where a host is down. It is tried first, and then one of the others."""
+    witness.create(3)
+    silent = cluster.brokers[1]
+    assert silent.process is not None
+    silent.process.send_signal(signal.SIGSTOP)
+    try:
+        first = FIRST.format(port=silent.port)
+        producer = start(command=patched(first, "producer.py"), address=cluster.address)
+        said = rf"--- no connection to {silent.address} \(.*RequestTimedOutError.*\); trying again"
+        until(lambda: re.match(said, producer.err), "it names the one that is silent")
+        until(lambda: len(producer.err.splitlines()) > 1 or producer.lines, "it goes on", 30)
+        assert "no Kafka at" not in producer.err
+    finally:
+        silent.process.send_signal(signal.SIGCONT)
+    until(lambda: producer.lines, "it sends")
+    assert producer.stop() == 0
+
+
+# Gives up on a request after three seconds instead of half a minute.
+HASTY = """
+from kafka import KafkaProducer
+KafkaProducer.DEFAULT_CONFIG.update(request_timeout_ms=3_000)
+"""
+
+
+def test_two_of_three_are_dead(start: Start, cluster: Cluster, witness: Witness) -> None:
+    command = patched(HASTY, "producer.py", "--interval", "0.1")
+    producer = start(command=command, address=cluster.address)
+    until(lambda: len({line.split()[0] for line in producer.lines}) == 3, "it knows all three")
+    living, *dead = cluster.brokers
+    for broker in dead:
+        broker.kill()
+    until(lambda: "nothing confirmed for 5 s; " in producer.err, "it says that it cannot go on")
+    time.sleep(8)  # in which requests to the one that lives time out
+    for broker in dead:
+        broker.start()
+    lines = len(producer.lines)
+    until(lambda: len(producer.lines) > lines, "it goes on when they are back")
+    until(lambda: witness.copies(in_sync=True) == [3, 3, 3], "the cluster is whole again")
+    assert producer.stop() == 0
+    assert shown(producer) == sorted(map(line, witness.log()))
+    assert producer.err.count("nothing confirmed") == 1
+    gone = re.findall(r"^--- no connection to (\S+) ", producer.err, re.MULTILINE)
+    assert {*gone} == {broker.address for broker in dead}
+    assert living.address not in producer.err
+    assert_plain(producer)

@@ -364,3 +364,27 @@ def test_a_group_of_another_protocol_is_named_and_waited_for(
     until(lambda: consumer.lines, "it goes on when the stranger has left")
     assert consumer.stop() == 0
     assert_plain(consumer)
+
+
+def test_beside_a_member_of_the_new_protocol_it_says_what_it_counts(
+    start: Start, witness: Witness
+) -> None:
+    """librdkafka's group.protocol=consumer (KIP-848): the coordinator speaks both at once."""
+    witness.create(3)
+    witness.write((i % 3, b"key", event(f"user {i % 3}")) for i in range(30))
+    stranger = Consumer({**witness.settings, "group.id": GROUP, "group.protocol": "consumer"})
+    stranger.subscribe([TOPIC])
+    until(lambda: stranger.poll(0.1) or len(stranger.assignment()) == 3, "the stranger has all")
+    processor = start("processor.py")
+    part = re.compile(r"--- counting partitions of events: ([\d, ]+); others of the group have ")
+
+    def shares() -> bool:
+        stranger.poll(0.1)
+        return bool(part.search(processor.err) and processor.snapshots)
+
+    until(shares, "it says what it counts, and shows counts")
+    held = part.findall(processor.err)[-1].split(", ")
+    assert processor.snapshots[-1].keys() == {f"user {partition}" for partition in held}
+    stranger.close()
+    until(lambda: processor.err.endswith("0, 1, 2: all\n"), "it counts all when that has left")
+    assert processor.stop() == 0

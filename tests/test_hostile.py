@@ -2,11 +2,28 @@
 
 import json
 import re
+import signal
 import time
 from typing import Any
 
 import pytest
-from harness import Message, Script, Start, Witness, choosing, count, event, patched, until
+from broker import Broker
+from confluent_kafka import Producer
+from harness import (
+    PATIENCE,
+    TOPIC,
+    Message,
+    Script,
+    Start,
+    Witness,
+    assert_plain,
+    choosing,
+    count,
+    event,
+    patched,
+    until,
+)
+from kafka import KafkaProducer
 
 GOOD = [event(user, action) for user in ("alice", "bob") for action in ("view", "click")]
 WITHOUT = {
@@ -218,3 +235,86 @@ def test_output_that_cannot_be_encoded_is_escaped(start: Start, witness: Witness
     producer = start(command=patched(lines, "producer.py", "--count", "3"), environment=plain_c)
     assert producer.wait() == 0
     assert all(r"key=Zo\xeb " in line for line in producer.lines)
+
+
+def test_every_codec_is_read(start: Start, witness: Witness) -> None:
+    witness.create(3)
+    for codec in ("gzip", "snappy", "lz4", "zstd"):  # in large batches
+        witness.write(((i % 3, b"key", event(codec)) for i in range(20_000)), compression=codec)
+    consumer, processor = start("consumer.py"), start("processor.py", "--group", "counting")
+    until(lambda: all_read(consumer, 80_000), "all events are shown")
+    until(lambda: processor.snapshots, "all events are counted")
+    assert processor.snapshots[0] == count(witness.log())
+    for script in (consumer, processor):
+        assert script.stop() == 0
+        assert_plain(script)
+
+
+def test_nothing_of_a_transaction_is_read_that_is_not_committed(
+    start: Start, witness: Witness
+) -> None:
+    witness.create(1)
+
+    def transaction(user_id: str) -> Producer:
+        producer = Producer({**witness.settings, "transactional.id": user_id})
+        producer.init_transactions(PATIENCE)
+        producer.begin_transaction()
+        for _ in range(10):
+            producer.produce(TOPIC, event(user_id), b"key", 0)
+        producer.flush(PATIENCE)
+        return producer
+
+    transaction("committed").commit_transaction(PATIENCE)
+    transaction("aborted").abort_transaction(PATIENCE)
+    consumer = start("consumer.py")
+    until(lambda: len(consumer.lines) == 10, "the committed events are shown")
+    counted = {"committed": {"view": 10}}
+    # It ends behind the records with which a transaction ends, which are no events.
+    assert start("processor.py", "--once", "--group", "behind").wait() == 0
+    open_one = transaction("open")
+    beside = start("processor.py", "--group", "beside")
+    until(lambda: beside.snapshots == [counted], "it shows counts beside a transaction in progress")
+    open_one.commit_transaction(PATIENCE)
+    until(lambda: beside.snapshots[1:] == [counted | {"open": {"view": 10}}], "that is committed")
+    until(lambda: len(consumer.lines) == 20, "and shown")
+    for script in (consumer, beside):
+        assert script.stop() == 0
+    assert not any("aborted" in line for line in consumer.lines)
+
+
+class NotUtf8(str):
+    def encode(self, *_: Any) -> bytes:
+        return b"\xff"
+
+
+@pytest.mark.parametrize("damage", ["a byte of the batch", "a header's key is not UTF-8"])
+def test_what_kafka_python_cannot_read_ends_the_readers_with_a_line(
+    damage: str, start: Start, broker: Broker, witness: Witness
+) -> None:
+    witness.create(1)
+    witness.write([(0, b"key", event("good"))])
+    consumer, processor = start("consumer.py"), start("processor.py", "--group", "counting")
+    until(lambda: consumer.lines and processor.snapshots, "they are at work")
+    until(lambda: witness.committed() == {0: 1}, "it is committed")
+    for script in (consumer, processor):
+        script.process.send_signal(signal.SIGSTOP)
+    if "header" in damage:
+        producer = KafkaProducer(bootstrap_servers=broker.address)
+        producer.send(TOPIC, event("bad"), headers=[(NotUtf8("key"), b"value")]).get(PATIENCE)
+        producer.close()
+    else:
+        witness.write([(0, b"key", event("damaged"))])
+        segment = broker.folder / "data" / f"{TOPIC}-0" / f"{0:020}.log"
+        with segment.open("r+b") as file:
+            file.seek(segment.read_bytes().index(b"damaged"))
+            file.write(b"D")
+    for script in (consumer, processor):
+        script.process.send_signal(signal.SIGCONT)
+    for script in (consumer, processor):
+        assert script.wait() == 1
+        last = script.err.splitlines()[-1]
+        assert last.startswith("--- cannot read the events: ")
+        assert "CorruptRecordError" in last
+        assert "Traceback" not in script.err
+    assert len(consumer.lines) == len(processor.snapshots) == 1
+    assert witness.committed() == {0: 1}

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from broker import Broker
@@ -93,3 +94,14 @@ def test_ctrl_c_where_there_is_no_topic_and_the_broker_is_frozen(
             assert_plain(reader)
     finally:
         broker.process.send_signal(signal.SIGCONT)
+
+
+def test_no_group_comes_about(start: Start, tmp_path: Path) -> None:
+    """One broker, whose topic for the groups' offsets is to have three copies: Kafka's default."""
+    environment = {"KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR": "3"}
+    with Broker(tmp_path, environment=environment) as broker:
+        readers = [start(name, address=broker.address) for name in ("consumer.py", "processor.py")]
+        for reader in readers:
+            until(lambda: ABSENT in reader.err, "it says that it has nothing, and why", 20)
+            assert reader.stop(timeout=15) == 0
+            assert_plain(reader)

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import re
 import select
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from broker import Broker, free_port
 from conftest import CHEAP
 from harness import (
+    PATIENCE,
     Proxy,
     Start,
     Witness,
@@ -96,7 +99,7 @@ def proxied_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 @pytest.fixture
 def proxy(proxied_broker: Proxy) -> Proxy:
     """The same, to a broker on which neither the topic nor a group exists."""
-    proxied_broker.answers = lambda api_key: True
+    proxied_broker.reset()
     Witness(proxied_broker.address).clean()
     return proxied_broker
 
@@ -268,3 +271,69 @@ def test_a_frozen_processor_shows_no_counts_before_it_has_caught_up(
     # It goes on for up to a second before it learns that it is out of the group.
     counted = [snapshot["alice"]["view"] for snapshot in processor.snapshots]
     assert not [number for number in counted if 3750 < number < 7500]
+
+
+# A tenth of the 30 s in which an answer has to come, for a line that is ten times as fast.
+TENTH = """
+from kafka import KafkaConsumer
+KafkaConsumer.DEFAULT_CONFIG["request_timeout_ms"] = 3_000
+"""
+
+
+@pytest.mark.parametrize("partitions", [3, 30])
+def test_a_slow_line_brings_all_events(partitions: int, start: Start, proxy: Proxy) -> None:
+    """As one of 200 kB/s: what comes in one fetch must have arrived within request_timeout_ms."""
+    witness = Witness(proxy.address)
+    witness.create(partitions)
+    value = event(extra="x" * 10_000)
+    witness.write((i % partitions, b"key", value) for i in range(1_500))  # of 15 MB
+    proxy.rate = 2_000_000
+    consumer = start(command=patched(TENTH, "consumer.py"), address=proxy.address)
+    until(lambda: len(consumer.lines) == 1_500, "all events are shown")
+    until(lambda: sum(witness.committed().values()) == 1_500, "all are committed")
+    assert consumer.stop() == 0
+    assert "trying again" not in consumer.err
+
+
+def test_a_long_way_takes_longer_and_does_no_harm(start: Start, proxy: Proxy) -> None:
+    witness = Witness(proxy.address)
+    witness.create(3)
+    witness.write((i % 3, b"key", event()) for i in range(300))
+    proxy.delay = 1.5
+    consumer = start("consumer.py", address=proxy.address)
+    processor = start("processor.py", "--once", "--group", "counting", address=proxy.address)
+    producer = start("producer.py", "--count", "5", "--interval", "0", address=proxy.address)
+    assert producer.wait(2 * PATIENCE) == 0
+    assert processor.wait(2 * PATIENCE) == 0
+    assert processor.snapshots[0]["alice"]["view"] >= 300
+    until(lambda: len(consumer.lines) == 305, "all events are shown", 2 * PATIENCE)
+    proxy.delay = 0
+    until(lambda: sum(witness.committed().values()) == 305, "all are committed")
+    assert consumer.stop() == 0
+    for script in (producer, processor, consumer):
+        assert "trying again" not in script.err
+        assert_plain(script)
+
+
+def test_while_nothing_is_confirmed_the_producer_says_so_once(start: Start, proxy: Proxy) -> None:
+    witness = Witness(proxy.address)
+    witness.create(3)
+    confirms = threading.Event()
+    proxy.answers = lambda api_key: api_key != PRODUCE or confirms.wait()
+    producer = start("producer.py", "--interval", "0.2", address=proxy.address)
+    said = re.compile(r"^--- nothing confirmed for 5 s; (\d+) events wait$", re.MULTILINE)
+    until(lambda: said.search(producer.err), "it says that nothing is confirmed")
+    assert 10 < int(said.findall(producer.err)[0]) < 40
+    time.sleep(6)  # in which it would say so again
+    assert not producer.lines
+    confirms.set()
+    until(lambda: len(producer.lines) > 50, "it goes on")
+    assert len(said.findall(producer.err)) == 1
+    confirms.clear()
+    until(lambda: len(said.findall(producer.err)) == 2, "it says so anew")
+    confirms.set()
+    sent = len(producer.lines)
+    until(lambda: len(producer.lines) > sent, "it goes on again")
+    assert producer.stop() == 0
+    assert "connect" not in producer.err
+    assert shown(producer) == sorted(map(line, witness.log()))
