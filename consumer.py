@@ -12,9 +12,8 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any
 
-from kafka import KafkaConsumer
+from kafka import KafkaConsumer, errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import CommitFailedError, CorruptRecordError, KafkaError, RequestTimedOutError
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
@@ -43,8 +42,8 @@ def join(group: str) -> KafkaConsumer:
         session_timeout_ms=10_000,  # a member that died is noticed after this
         heartbeat_interval_ms=500,  # a member that came or left is noticed after this
         metadata_max_age_ms=10_000,  # new partitions are noticed after this
-        fetch_max_bytes=2 * 1024 * 1024,  # a fetch that takes 30 s, on a slow line, never ends
-        fetch_max_wait_ms=100,  # longer, a partition read to its end holds up the others
+        fetch_max_bytes=2 * 1024 * 1024,  # what takes 30 s to arrive is fetched anew, for ever
+        fetch_max_wait_ms=100,  # so long a partition without new events holds up the others
         max_poll_records=5_000,  # fewer commits while catching up
         reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
         **SECURITY,
@@ -56,16 +55,16 @@ def show_events(consumer: KafkaConsumer) -> None:
     said, uncommitted, failures, started = None, False, 0, time.monotonic()
     while not stopping:
         try:
-            for partition in consumer.assignment() if failures else ():
-                # Back to the last commit: a poll() that raised may have lost what it had taken.
-                consumer.seek(partition, consumer.committed(partition, timeout_ms=5_000) or 0)
+            if failures:  # back to the last commit: a poll() that raised may have lost events
+                for partition in consumer.assignment():
+                    consumer.seek(partition, consumer.committed(partition, timeout_ms=5_000) or 0)
             if consumer._coordinator.rebalance_in_progress():
-                consumer._coordinator.request_rejoin()  # KAFKA-9815: a long join gets forgotten
+                consumer._coordinator.request_rejoin()  # or it forgets a long join: KAFKA-9815
             polled = consumer.poll(timeout_ms=500)
             failures = 0
-        except CorruptRecordError as error:  # the next poll() of kafka-python would never end
+        except errors.CorruptRecordError as error:  # the next poll() of kafka-python hangs
             sys.exit(f"--- cannot read the events: {error}")
-        except KafkaError as error:
+        except errors.KafkaError as error:
             failures += 1
             if failures == 3:  # most errors pass sooner
                 log.warning("cannot go on (%s); trying again", error)
@@ -77,13 +76,14 @@ def show_events(consumer: KafkaConsumer) -> None:
             log.info("partitions of %s: %s", TOPIC, ", ".join(map(str, held)) or NONE)
         print_events(polled)
         # Only now: a crash before this line shows these events again, and none is ever lost.
+        uncommitted = uncommitted or bool(polled)
         try:
-            if uncommitted := uncommitted or bool(polled):
+            if uncommitted:
                 consumer.commit(timeout_ms=5_000)
                 uncommitted = False
-        except CommitFailedError:  # it was frozen or cut off for 10 s, or held up for five minutes
+        except errors.CommitFailedError:  # frozen or cut off for 10 s, or held up for minutes
             log.warning("the group went on without this one: the last events may be shown again")
-        except KafkaError:
+        except errors.KafkaError:
             pass  # the next commit covers these events as well
 
 
@@ -103,7 +103,7 @@ def printable(data: bytes | None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# The other half keeps it alive on a bad day. Up to main() it is the same in all three scripts.
+# From here to main(), the same in all three scripts: what keeps them alive on a bad day.
 class BrokerNews(logging.Handler):
     """Says which broker is gone, and when it is back, by what kafka-python 3.0.12 logs."""
 
@@ -111,18 +111,18 @@ class BrokerNews(logging.Handler):
 
     def emit(self, record: Any) -> None:
         match record.msg, record.args:
-            case "Initializing connection for node_id %s at %s:%s (rack=%s)", (node, host, port, _):
-                self.addresses[node] = f"{host}:{port}"
-            case "%s: Connected", (broker,) if self.addresses[broker.node_id] in self.gone:
-                self.gone.remove(self.addresses[broker.node_id])
-                log.info("connected to %s again", self.addresses[broker.node_id])
-            case "%s: Connection lost: %s", (broker, error):
-                address = self.addresses[broker.node_id]
+            case "Initializing connection for node_id %s at %s:%s (rack=%s)", (name, host, port, _):
+                self.addresses[name] = f"{host}:{port}"
+            case "%s: Connected", (node,) if self.addresses[node.node_id] in self.gone:
+                self.gone.remove(self.addresses[node.node_id])
+                log.info("connected to %s again", self.addresses[node.node_id])
+            case "%s: Connection lost: %s", (node, why):
+                address = self.addresses[node.node_id]
                 # One that is only slow to answer is not gone; if it is, connecting anew will tell.
-                slow = isinstance(error, RequestTimedOutError) and broker.init_future.succeeded()
+                slow = node.init_future.succeeded() and isinstance(why, errors.RequestTimedOutError)
                 if address not in self.gone and not slow:
                     self.gone.add(address)
-                    log.warning("no connection to %s (%s); trying again", address, error)
+                    log.warning("no connection to %s (%s); trying again", address, why)
 
 
 def connect(client: Any, *topics: str, **settings: Any) -> Any:
@@ -133,9 +133,9 @@ def connect(client: Any, *topics: str, **settings: Any) -> Any:
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     logging.getLogger("kafka").addHandler(BrokerNews())
     logging.getLogger("kafka").propagate = False
-    # Of several addresses each try takes one, picked at random, which may be silent all the time.
+    # Each try takes one of several addresses, picked at random, which may be silent all the time.
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
-        with contextlib.suppress(KafkaError, ValueError):
+        with contextlib.suppress(errors.KafkaTimeoutError):
             return client(*topics, bootstrap_timeout_ms=seconds * 1_000, **settings)
     sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}: docker compose up -d or python tests/broker.py")
 
@@ -144,7 +144,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
     group = parser.parse_args().group
-    if not group.isprintable():  # so is what is not UTF-8
+    if not group.isprintable():  # as what is not UTF-8
         parser.error("--group: not a name")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to finish yet

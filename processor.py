@@ -1,4 +1,4 @@
-"""Counts each user's actions, and shows the counts as JSON, of the partitions that it holds.
+"""Counts events by two of their fields, in the partitions that it holds, and shows that as JSON.
 
 python processor.py --group mine   in a group of its own it holds all partitions
 """
@@ -15,9 +15,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition
+from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition, errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import CorruptRecordError, KafkaError, RequestTimedOutError
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
@@ -45,8 +44,8 @@ def join(group: str) -> KafkaConsumer:
         session_timeout_ms=10_000,  # a member that died is noticed after this
         heartbeat_interval_ms=500,  # a member that came or left is noticed after this
         metadata_max_age_ms=10_000,  # new partitions are noticed after this
-        fetch_max_bytes=2 * 1024 * 1024,  # a fetch that takes 30 s, on a slow line, never ends
-        fetch_max_wait_ms=100,  # longer, a partition read to its end holds up the others
+        fetch_max_bytes=2 * 1024 * 1024,  # what takes 30 s to arrive is fetched anew, for ever
+        fetch_max_wait_ms=100,  # so long a partition without new events holds up the others
         max_poll_records=5_000,  # so many events are counted between two looks at the rest
         reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
         **SECURITY,
@@ -54,19 +53,19 @@ def join(group: str) -> KafkaConsumer:
 
 
 def what_counts(value: Any) -> tuple[str, str]:
-    """The (user_id, action) of an event; raises what add() catches if it has none."""
+    """The two fields of an event by which it is counted; raises what add() catches without them."""
     event = json.loads(value.decode())
-    user_id, action = event["user_id"], event["action"]
-    if not (isinstance(user_id, str) and isinstance(action, str)):
+    who, what = event["user_id"], event["action"]
+    if not (isinstance(who, str) and isinstance(what, str)):
         raise TypeError("what is counted must be a string")
-    return user_id, action
+    return who, what
 
 
 @dataclass
 class Held:  # what there is to know of a partition that this processor holds
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     next_offset: int = 0  # of the event to count next
-    log_end: int | None = None  # when the partition was given; None: not asked yet
+    goal: int | None = None  # where the log ended when the partition was given; None: not asked
     malformed: int = 0
 
 
@@ -83,7 +82,7 @@ class Counts(ConsumerRebalanceListener):
             self.held.pop(partition, None)
 
     def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        for partition in assigned:
+        for partition in assigned:  # those that it did not hold
             self.held[partition] = Held()
             self.consumer.seek(partition, 0)  # whatever the group has committed
 
@@ -102,15 +101,15 @@ class Counts(ConsumerRebalanceListener):
         held.next_offset = messages[-1].offset + 1
 
     def left(self) -> int:
-        """How many events are left to read of those that the log held when it was given."""
+        """How many events are left to read of those that were there when partitions were given."""
         left = 0
         for partition, held in self.held.items():
-            if held.log_end is None:
+            if held.goal is None:
                 # One by one: of several, kafka-python 3.0.12 raises KeyError if one has no leader.
-                held.log_end = self.consumer.end_offsets([partition], timeout_ms=5_000)[partition]
-            # Not the last event's offset: where events are gone or aborted there are gaps.
+                held.goal = self.consumer.end_offsets([partition], timeout_ms=5_000)[partition]
+            # position() is past the last event where others behind it are gone or aborted.
             position = self.consumer.position(partition, timeout_ms=0) or 0
-            left += max(0, held.log_end - max(position, held.next_offset))
+            left += max(0, held.goal - max(position, held.next_offset))
         return left
 
 
@@ -122,11 +121,11 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
     while not (last_round or (once and printed)):
         last_round = bool(stopping)
         try:
-            for partition, known in counts.held.items() if failures else ():
-                # Back to what is counted: a poll() that raised may have lost what it had taken.
-                consumer.seek(partition, known.next_offset)
+            if failures:  # back to what is counted: a poll() that raised may have lost events
+                for partition, known in counts.held.items():
+                    consumer.seek(partition, known.next_offset)
             if consumer._coordinator.rebalance_in_progress():
-                consumer._coordinator.request_rejoin()  # KAFKA-9815: a long join gets forgotten
+                consumer._coordinator.request_rejoin()  # or it forgets a long join: KAFKA-9815
             for partition, messages in consumer.poll(timeout_ms=250).items():
                 counts.add(partition, messages)
             left, now = counts.left(), time.monotonic()
@@ -135,17 +134,18 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
                 said, share = held, share_of(consumer, held)
                 log.info(share)
             failures = 0
-        except CorruptRecordError as error:  # the next poll() of kafka-python would never end
+        except errors.CorruptRecordError as error:  # the next poll() of kafka-python hangs
             sys.exit(f"--- cannot read the events: {error}")
-        except KafkaError as error:
+        except errors.KafkaError as error:
             failures += 1
             if failures == 3:  # most errors pass sooner
                 log.warning("cannot go on (%s); trying again", error)
             time.sleep(0.5)
             continue
-        if (held or printed) and (last_round or now >= next_report or not (printed or left)):
+        whole = held and not (left or printed)  # the first counts wait for nothing more
+        if whole or ((held or printed) and (last_round or now >= next_report)):
             printed = report(counts, left, printed, share)
-            next_report = now + max(1, 15 * (time.monotonic() - now))  # prints a tenth of its time
+            next_report = now + max(1, 15 * (time.monotonic() - now))  # prints little of its time
 
 
 def share_of(consumer: KafkaConsumer, held: list[int]) -> str:
@@ -165,11 +165,11 @@ def report(counts: Counts, left: int, printed: str, share: str) -> str:
     if left:
         log.info("%s events still to read", f"{left:,}")
         return printed
-    users: dict[str, Counter[str]] = {}
+    total: dict[str, Counter[str]] = {}
     for held in counts.held.values():
-        for (user_id, action), number in held.counts.items():
-            users.setdefault(user_id, Counter())[action] += number
-    text = json.dumps(users, indent=2, sort_keys=True)  # escapes what could drive the terminal
+        for (who, what), number in held.counts.items():
+            total.setdefault(who, Counter())[what] += number
+    text = json.dumps(total, indent=2, sort_keys=True)  # escapes what could drive the terminal
     if text != printed:
         print(text, flush=True)
         if "--group" in share and sys.stdout.isatty() and sys.stderr.isatty():
@@ -177,7 +177,7 @@ def report(counts: Counts, left: int, printed: str, share: str) -> str:
     return text
 
 
-# The other half keeps it alive on a bad day. Up to main() it is the same in all three scripts.
+# From here to main(), the same in all three scripts: what keeps them alive on a bad day.
 class BrokerNews(logging.Handler):
     """Says which broker is gone, and when it is back, by what kafka-python 3.0.12 logs."""
 
@@ -185,18 +185,18 @@ class BrokerNews(logging.Handler):
 
     def emit(self, record: Any) -> None:
         match record.msg, record.args:
-            case "Initializing connection for node_id %s at %s:%s (rack=%s)", (node, host, port, _):
-                self.addresses[node] = f"{host}:{port}"
-            case "%s: Connected", (broker,) if self.addresses[broker.node_id] in self.gone:
-                self.gone.remove(self.addresses[broker.node_id])
-                log.info("connected to %s again", self.addresses[broker.node_id])
-            case "%s: Connection lost: %s", (broker, error):
-                address = self.addresses[broker.node_id]
+            case "Initializing connection for node_id %s at %s:%s (rack=%s)", (name, host, port, _):
+                self.addresses[name] = f"{host}:{port}"
+            case "%s: Connected", (node,) if self.addresses[node.node_id] in self.gone:
+                self.gone.remove(self.addresses[node.node_id])
+                log.info("connected to %s again", self.addresses[node.node_id])
+            case "%s: Connection lost: %s", (node, why):
+                address = self.addresses[node.node_id]
                 # One that is only slow to answer is not gone; if it is, connecting anew will tell.
-                slow = isinstance(error, RequestTimedOutError) and broker.init_future.succeeded()
+                slow = node.init_future.succeeded() and isinstance(why, errors.RequestTimedOutError)
                 if address not in self.gone and not slow:
                     self.gone.add(address)
-                    log.warning("no connection to %s (%s); trying again", address, error)
+                    log.warning("no connection to %s (%s); trying again", address, why)
 
 
 def connect(client: Any, *topics: str, **settings: Any) -> Any:
@@ -207,9 +207,9 @@ def connect(client: Any, *topics: str, **settings: Any) -> Any:
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     logging.getLogger("kafka").addHandler(BrokerNews())
     logging.getLogger("kafka").propagate = False
-    # Of several addresses each try takes one, picked at random, which may be silent all the time.
+    # Each try takes one of several addresses, picked at random, which may be silent all the time.
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
-        with contextlib.suppress(KafkaError, ValueError):
+        with contextlib.suppress(errors.KafkaTimeoutError):
             return client(*topics, bootstrap_timeout_ms=seconds * 1_000, **settings)
     sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}: docker compose up -d or python tests/broker.py")
 
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="show the counts once, and end")
     options = parser.parse_args()
-    if not options.group.isprintable():  # so is what is not UTF-8
+    if not options.group.isprintable():  # as what is not UTF-8
         parser.error("--group: not a name")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to finish yet

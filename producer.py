@@ -19,8 +19,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from datetime import datetime, timezone
 from typing import Any
 
-from kafka import KafkaProducer
-from kafka.errors import KafkaError, RequestTimedOutError
+from kafka import KafkaProducer, errors
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
@@ -59,7 +58,7 @@ def open_producer() -> KafkaProducer:
         **SECURITY,
     )
     for _ in range(3):
-        with contextlib.suppress(KafkaError):
+        with contextlib.suppress(errors.KafkaError):
             producer.partitions_for(TOPIC)  # most brokers create a topic that is asked for
             return producer
     how = f"python -m kafka.admin -b {BOOTSTRAP_SERVERS.split(',')[0]} topics create -t {TOPIC}"
@@ -80,7 +79,7 @@ class Deliveries:
         try:
             future = producer.send(TOPIC, key=key.encode(), value=value.encode())
             self.unconfirmed.append((key, value, future))
-        except (KafkaError, ValueError) as error:  # the topic is gone, for example
+        except (errors.KafkaError, ValueError) as error:  # the topic is gone, for example
             self.failed += 1
             log.error("not delivered: %s", error)
 
@@ -112,10 +111,10 @@ class Deliveries:
 
 
 def send_events(producer: KafkaProducer, sent: Deliveries, count: float, interval: float) -> None:
-    """Until all are delivered, one has failed for good, or it is told to stop."""
+    """Sends what is due, else settles, until all are delivered, one has failed, or told to stop."""
     number, next_send = 0, time.monotonic()
     while not (stopping or sent.failed or sent.delivered >= count):
-        more = number < count and len(sent.unconfirmed) < 10_000  # kafka-python has no bound
+        more = number < count and len(sent.unconfirmed) < 10_000  # it would take any number
         if more and time.monotonic() >= next_send:
             sent.send(producer, random_event())
             number, next_send = number + 1, time.monotonic() + interval
@@ -124,7 +123,7 @@ def send_events(producer: KafkaProducer, sent: Deliveries, count: float, interva
             sent.settle()
 
 
-# The other half keeps it alive on a bad day. Up to main() it is the same in all three scripts.
+# From here to main(), the same in all three scripts: what keeps them alive on a bad day.
 class BrokerNews(logging.Handler):
     """Says which broker is gone, and when it is back, by what kafka-python 3.0.12 logs."""
 
@@ -132,18 +131,18 @@ class BrokerNews(logging.Handler):
 
     def emit(self, record: Any) -> None:
         match record.msg, record.args:
-            case "Initializing connection for node_id %s at %s:%s (rack=%s)", (node, host, port, _):
-                self.addresses[node] = f"{host}:{port}"
-            case "%s: Connected", (broker,) if self.addresses[broker.node_id] in self.gone:
-                self.gone.remove(self.addresses[broker.node_id])
-                log.info("connected to %s again", self.addresses[broker.node_id])
-            case "%s: Connection lost: %s", (broker, error):
-                address = self.addresses[broker.node_id]
+            case "Initializing connection for node_id %s at %s:%s (rack=%s)", (name, host, port, _):
+                self.addresses[name] = f"{host}:{port}"
+            case "%s: Connected", (node,) if self.addresses[node.node_id] in self.gone:
+                self.gone.remove(self.addresses[node.node_id])
+                log.info("connected to %s again", self.addresses[node.node_id])
+            case "%s: Connection lost: %s", (node, why):
+                address = self.addresses[node.node_id]
                 # One that is only slow to answer is not gone; if it is, connecting anew will tell.
-                slow = isinstance(error, RequestTimedOutError) and broker.init_future.succeeded()
+                slow = node.init_future.succeeded() and isinstance(why, errors.RequestTimedOutError)
                 if address not in self.gone and not slow:
                     self.gone.add(address)
-                    log.warning("no connection to %s (%s); trying again", address, error)
+                    log.warning("no connection to %s (%s); trying again", address, why)
 
 
 def connect(client: Any, *topics: str, **settings: Any) -> Any:
@@ -154,16 +153,16 @@ def connect(client: Any, *topics: str, **settings: Any) -> Any:
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     logging.getLogger("kafka").addHandler(BrokerNews())
     logging.getLogger("kafka").propagate = False
-    # Of several addresses each try takes one, picked at random, which may be silent all the time.
+    # Each try takes one of several addresses, picked at random, which may be silent all the time.
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
-        with contextlib.suppress(KafkaError, ValueError):
+        with contextlib.suppress(errors.KafkaTimeoutError):
             return client(*topics, bootstrap_timeout_ms=seconds * 1_000, **settings)
     sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}: docker compose up -d or python tests/broker.py")
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=math.inf, metavar="N", help="(default: all)")
+    parser.add_argument("--count", type=int, default=math.inf, metavar="N", help="end after N")
     parser.add_argument("--interval", type=float, default=1, metavar="SECONDS", help="(default: 1)")
     parser.add_argument("--quiet", action="store_true", help="do not print the events")
     options = parser.parse_args()

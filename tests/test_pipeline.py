@@ -40,7 +40,7 @@ def test_what_recurs_is_the_same_in_all_scripts() -> None:
         text = (ROOT / script).read_text()
         [found] = re.findall(r"^BOOTSTRAP_SERVERS = .*?^SECURITY = .*?$", text, re.M | re.S)
         settings.add(found)
-        [found] = re.findall(r"^# The other half .*?(?=^def main)", text, re.M | re.S)
+        [found] = re.findall(r"^# From here to main.*?(?=^def main)", text, re.M | re.S)
         armour.add(found.strip())
     assert len(settings) == len(armour) == 1
     assert 'TOPIC = "events"' in settings.pop()

@@ -10,10 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from broker import PORT, ROOT, Broker, is_open
-from harness import PATIENCE, Script, Witness, until
+from harness import PATIENCE, SCRIPTS, Script, Witness, until
 
 README = (ROOT / "README.md").read_text()
 
@@ -88,12 +87,13 @@ def run(folder: Path, command: str, address: str = "") -> str:
 def test_the_quick_start_without_docker(tmp_path: Path, shell: list[Script]) -> None:
     if is_open(PORT):
         pytest.skip(f"port {PORT} is taken")
-    install, _, kafka = blocks(section("## Quick start"))
-    further = "cd kafka-practice && . .venv/bin/activate"
-    assert f"`{further}`" in section("## Quick start")
-    clone, *enter = install.splitlines()
-    assert re.fullmatch(r"git clone \S+ kafka-practice", clone)
-    copy_project(tmp_path)
+    quick_start = section("## Quick start")
+    install, at_once, _, kafka = blocks(quick_start)
+    further = ". .venv/bin/activate"
+    assert f"`{further}`" in quick_start
+    clone, environment = install.splitlines()
+    assert re.fullmatch(r"git clone \S+ kafka-practice && cd kafka-practice", clone)
+    project = copy_project(tmp_path)
     # Without the environment of the tests, for the quick start makes one of its own.
     path = os.environ["PATH"].replace(str(Path(sys.executable).parent), "")
     kept = ("HOME", "LANG", "TMPDIR", "JDK_JAVA_OPTIONS", "PIP_", "SSL_")
@@ -101,42 +101,40 @@ def test_the_quick_start_without_docker(tmp_path: Path, shell: list[Script]) -> 
 
     def terminal(*lines: str) -> Script:
         arguments = [f"{name}={value}" for name, value in (clean | {"PATH": path}).items()]
-        command = [
-            "env",
-            "-i",
-            *arguments,
-            "bash",
-            "-c",
-            "\n".join(("cd " + str(tmp_path), *lines)),
-        ]
-        script = Script(tmp_path, command, {})
+        block = "\n".join((f"cd {project}", *lines))
+        script = Script(tmp_path, ["env", "-i", *arguments, "bash", "-c", block], {})
         shell.append(script)
         return script
 
-    broker = terminal(*enter, kafka)
+    one_command = terminal(environment, at_once)
+    assert one_command.wait(3 * PATIENCE) == 0
+    [counts] = one_command.snapshots
+    assert sum(number for actions in counts.values() for number in actions.values()) == 100
+
+    broker = terminal(further, kafka)
     until(lambda: "Kafka is ready" in broker.out, "Kafka is ready", 3 * PATIENCE)
     for command in ("python producer.py", "python consumer.py", "python processor.py"):
-        assert f"`{command}`" in section("## Quick start")
+        assert f"`{command}`" in quick_start
     producer = terminal(further, "exec python producer.py")
     until(lambda: producer.lines, "an event is shown")
     consumer = terminal(further, "exec python consumer.py")
-    until(lambda: "partitions: 0, 1, 2\n" in consumer.err, "it has all partitions")
+    until(lambda: "--- partitions of events: 0, 1, 2\n" in consumer.err, "it has all partitions")
     another = terminal(further, "exec python consumer.py")
-    until(lambda: re.search(r"^partitions: \d$", another.err, re.MULTILINE), "it has one")
+    one = r"^--- partitions of events: \d$"
+    until(lambda: re.search(one, another.err, re.MULTILINE), "it has one")
     processor = terminal(further, "exec python processor.py")
-    until(lambda: "others of event-watchers hold" in processor.err, "it says what it counts")
+    part = r"`(--- counting partitions of events: )1(; others .*?\))`"
+    [(before, after)] = re.findall(part, quick_start)
+    said = re.escape(before) + r"\d" + re.escape(after)
+    until(lambda: re.search(said, processor.err), "it says what it counts")
     until(lambda: processor.snapshots, "it shows counts")
 
-    describe, watch = blocks(section("### Look into the group"))
-    match = re.fullmatch(r'watch -n1 "(.*)"', watch)
-    assert match
-    looked = terminal(further, match[1])
+    [look] = blocks(section("### Look into the group"))
+    looked = terminal(further, look)
     assert looked.wait() == 0
+    assert looked.out.count("'client_id': 'consumer.py'") == 2
+    assert looked.out.count("'client_id': 'processor.py'") == 1
     assert "'lag': " in looked.out
-    described = terminal(further, describe)
-    assert described.wait() == 0
-    assert described.out.count("'client_id': 'consumer.py'") == 2
-    assert described.out.count("'client_id': 'processor.py'") == 1
 
     for script in (producer, consumer, another, processor):
         assert script.stop() == 0
@@ -147,74 +145,86 @@ def test_the_quick_start_without_docker(tmp_path: Path, shell: list[Script]) -> 
     again = terminal(further, "exec python consumer.py")
     until(lambda: len(again.lines) == events, "all events are shown again")
     assert again.stop() == 0
+    [forget] = re.findall(r"`(python -m kafka.admin \S+ \S+ groups delete .*?)`", README)
+    assert terminal(further, forget).wait() == 0
     broker.process.send_signal(signal.SIGTERM)
 
 
-def test_all_in_one_terminal(tmp_path: Path) -> None:
-    [job] = blocks(section("### All in one terminal"))
-    counts = json.loads(run(copy_project(tmp_path), job).partition("{")[2].join("{ "))
-    assert sum(number for actions in counts.values() for number in actions.values()) == 100
-
-
-def test_comparing_what_was_sent_with_what_was_shown(project: Path, broker: Broker) -> None:
-    _, compare = blocks(section("## Things to try"))
-    out = run(project, compare, broker.address)
-    assert out.endswith("nothing lost, nothing repeated\n")
-
-
-def test_killing_one(project: Path, broker: Broker) -> None:
-    kill, _ = blocks(section("## Things to try"))
-    produce, one, two, repeats = kill.splitlines()
-    run(project, produce, broker.address)
-
-    def start(command: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            ["bash", "-c", command],
-            cwd=project,
-            env=environment(broker.address),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    first = start(one)
-    tree = psutil.Process(first.pid)
-    until(lambda: "sleep" in [p.name() for p in tree.children(recursive=True)], "it stands still")
-    assert (project / "one").read_bytes().count(b"\n") == 100
-    os.killpg(first.pid, signal.SIGQUIT)
-    first.wait()
-    second = start(two)
-    committed = Witness(broker.address).committed
-    until(lambda: sum(committed().values()) == 10_000, "it has come to the end")
-    os.killpg(second.pid, signal.SIGINT)
-    second.wait()
-    assert run(project, repeats).split() == ["100"]
+def test_what_is_shown_and_not_committed_is_shown_again(project: Path, broker: Broker) -> None:
+    [leave] = blocks(section("## Things to try"))
+    lines = run(project, leave, broker.address).splitlines()
+    assert len(lines) == 6
+    for shown in (lines[:3], lines[3:]):
+        places = [re.match(r"(partition=\d) offset=(\d) ", line) for line in shown]
+        assert [place and place[2] for place in places] == ["0", "1", "2"]
 
 
 BREAK_IT = section("## Break it")
+
+
+def change(script: Path, hunk: list[str]) -> None:
+    """Applies lines of a diff."""
+    old = "".join(f"{line[1:]}\n" for line in hunk if line[0] in "- ")
+    new = "".join(f"{line[1:]}\n" for line in hunk if line[0] in "+ ")
+    text = script.read_text()
+    assert text.count(old) == 1, old
+    script.write_text(text.replace(old, new))
 
 
 @pytest.mark.parametrize("changed", [False, True], ids=["unchanged", "changed"])
 @pytest.mark.parametrize("number", range(3), ids=["no key", "commit first", "no seek"])
 def test_breaking_it(number: int, changed: bool, project: Path, broker: Broker) -> None:
     """Each change applies to the script that the README names, and does what it says."""
-    change, command = blocks(BREAK_IT, "diff")[number], blocks(BREAK_IT)[number]
+    command = blocks(BREAK_IT)[number]
     script = project / re.findall(r"^\*\*.*?\*\*,? in `(\w+\.py)`", BREAK_IT, re.MULTILINE)[number]
     if changed:
-        old = [line[1:] for line in change.splitlines() if line[0] in "- "]
-        new = [line[1:] for line in change.splitlines() if line[0] in "+ "]
-        text = script.read_text()
-        assert text.count("\n".join(old)) == 1
-        script.write_text(text.replace("\n".join(old), "\n".join(new)))
+        change(script, blocks(BREAK_IT, "diff")[number].splitlines())
     out = run(project, command, broker.address)
     if number == 0:
         partitions = re.findall(r"^ *\d+ partition=\d$", out, re.MULTILINE)
-        assert len(partitions) > 1 if changed else len(partitions) == 1
+        assert len(partitions) == (3 if changed else 1)
     elif number == 1:
-        lost = int(out.split()[-1])
-        assert lost > 1000 if changed else lost == 0
+        assert int(out.splitlines()[-1]) == (0 if changed else 1000)
     elif changed:
-        assert out.endswith("{}\n")
+        assert out == "{}\n"
     else:
         counts = json.loads(out)
         assert sum(number for actions in counts.values() for number in actions.values()) == 100
+
+
+@pytest.mark.parametrize("half", ["with", "without"])
+def test_making_it_yours(half: str, project: Path, broker: Broker) -> None:
+    """The lines that the README names are all that is to change; also without the second half."""
+    make_it_yours = section("## Make it yours")
+    [diff] = blocks(make_it_yours, "diff")
+    for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
+        names, *hunk = part.splitlines()
+        for name in re.findall(r"\w+\.py", names):
+            change(project / name, hunk)
+    for name in SCRIPTS:
+        text = (project / name).read_text()
+        if half == "without":
+            text, halves = re.subn(
+                r"^# From here to main.*?(?=^def main)", "", text, flags=re.M | re.S
+            )
+            client = "KafkaProducer" if name == "producer.py" else "KafkaConsumer"
+            assert f"`{client}(` for `connect({client},`" in " ".join(make_it_yours.split())
+            text, calls = re.subn(rf"connect\(\s*{client},", f"{client}(", text)
+            assert (halves, calls) == (1, 1)
+        text = re.sub(r"^(# .*\nUSERS|ACTIONS) = .*\n", "", text, flags=re.MULTILINE)
+        for word in ("event-watchers", "user_id", "USERS", "alice", '"action"'):
+            assert word not in text
+        (project / name).write_text(text)
+    job = "python producer.py --count 100 --interval 0 >sent && python processor.py --once"
+    counts = json.loads(run(project, job, broker.address))
+    assert {*counts} == {"Ada", "Bob"}
+    assert {*counts["Ada"]} == {*counts["Bob"]} == {"new", "paid", "sent"}
+    assert sum(number for statuses in counts.values() for number in statuses.values()) == 100
+    job = "python consumer.py >shown & until [ $(wc -l <shown) -ge 100 ]; do sleep 0.1; done"
+    run(project, f"{job}; kill $!; wait", broker.address)
+    sent, shown = (sorted((project / name).read_text().splitlines()) for name in ("sent", "shown"))
+    assert sent == shown
+    fields = json.loads(sent[0][sent[0].index("{") :])
+    assert list(fields) == ["order_id", "customer", "status", "amount"]
+    groups = Witness(broker.address).groups()
+    assert {"order-watchers", "order-counts"} <= {*groups}

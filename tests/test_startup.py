@@ -65,12 +65,6 @@ def test_without_a_broker_it_says_why_and_how_to_start_one(
         assert last == f"--- no Kafka at {address}: {how}"
 
 
-def test_an_address_that_is_none_is_a_line(start: Start) -> None:
-    script = start("consumer.py", address="localhost:kafka")
-    assert script.wait() == 1
-    assert script.err.startswith("--- no Kafka at localhost:kafka: ")
-
-
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_wait_for_a_broker(signum: int, start: Start) -> None:
     scripts = [start(name, address=f"localhost:{free_port()}") for name in SCRIPTS]
