@@ -1,6 +1,6 @@
 """Shows the events of a topic as they come. Start several: they share its partitions.
 
-python consumer.py --group mine   the first member of another group: it gets every event as well
+python consumer.py --group mine   in a group of its own it gets every event as well
 """
 
 import contextlib
@@ -23,7 +23,7 @@ NAMES = ["SECURITY_PROTOCOL", "SASL_MECHANISM", "SASL_PLAIN_USERNAME", "SASL_PLA
 NAMES += ["SSL_CAFILE", "SSL_CERTFILE", "SSL_KEYFILE", "SSL_PASSWORD"]
 SECURITY = {n.lower(): os.environ[f"KAFKA_{n}"] for n in NAMES if f"KAFKA_{n}" in os.environ}
 log = logging.getLogger("consumer.py")
-NONE = "none: others of the group have them, or there is no such topic, no right to it, or no group"
+NONE = "none yet: others of the group have them, or there is no topic, no right to it, or no group"
 stopping: list[int] = []  # not empty: told to stop; a signal handler can append to it
 
 
@@ -62,8 +62,8 @@ def show_events(consumer: KafkaConsumer) -> None:
                 consumer._coordinator.request_rejoin()  # or it forgets a long join: KAFKA-9815
             polled = consumer.poll(timeout_ms=500)
             failures = 0
-        except errors.CorruptRecordError as error:  # the next poll() of kafka-python hangs
-            sys.exit(f"--- cannot read the events: {error}")
+        except (errors.CorruptRecordError, errors.UnsupportedCodecError) as why:  # poll() hangs now
+            sys.exit(f"--- cannot read the events: {why}")
         except errors.KafkaError as error:
             failures += 1
             if failures == 3:  # most errors pass sooner
@@ -129,8 +129,8 @@ def connect(client: Any, *topics: str, **settings: Any) -> Any:
     """A connected client; without one in 10 s it ends the script with status 1."""
     if sys.stdout is None:
         sys.exit("--- no stdout to write to")
-    os.set_blocking(1, True)  # or lines get lost in a full pipe, under PYTHONUNBUFFERED
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
+    os.set_blocking(1, True)  # wait for a full pipe, also where a parent (ssh, node) does not
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # buffered, always
     logging.getLogger("kafka").addHandler(BrokerNews())
     logging.getLogger("kafka").propagate = False
     # Each try takes one of several addresses, picked at random, which may be silent all the time.
@@ -144,7 +144,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
     group = parser.parse_args().group
-    if not group.isprintable():  # as what is not UTF-8
+    if not group.isprintable():  # nor are bytes that are not UTF-8
         parser.error("--group: not a name")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to finish yet

@@ -25,7 +25,7 @@ GROUP_ID = "event-watchers"  # of the readers
 NAMES = ["SECURITY_PROTOCOL", "SASL_MECHANISM", "SASL_PLAIN_USERNAME", "SASL_PLAIN_PASSWORD"]
 NAMES += ["SSL_CAFILE", "SSL_CERTFILE", "SSL_KEYFILE", "SSL_PASSWORD"]
 SECURITY = {n.lower(): os.environ[f"KAFKA_{n}"] for n in NAMES if f"KAFKA_{n}" in os.environ}
-NONE = "none: others of the group have them, or there is no such topic, no right to it, or no group"
+NONE = "none yet: others of the group have them, or there is no topic, no right to it, or no group"
 log = logging.getLogger("processor.py")
 stopping: list[int] = []  # not empty: told to stop; a signal handler can append to it
 
@@ -134,8 +134,8 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
                 said, share = held, share_of(consumer, held)
                 log.info(share)
             failures = 0
-        except errors.CorruptRecordError as error:  # the next poll() of kafka-python hangs
-            sys.exit(f"--- cannot read the events: {error}")
+        except (errors.CorruptRecordError, errors.UnsupportedCodecError) as why:  # poll() hangs now
+            sys.exit(f"--- cannot read the events: {why}")
         except errors.KafkaError as error:
             failures += 1
             if failures == 3:  # most errors pass sooner
@@ -145,7 +145,7 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
         whole = held and not (left or printed)  # the first counts wait for nothing more
         if whole or ((held or printed) and (last_round or now >= next_report)):
             printed = report(counts, left, printed, share)
-            next_report = now + max(1, 15 * (time.monotonic() - now))  # prints little of its time
+            next_report = now + max(1, 15 * (time.monotonic() - now))  # prints 1/15 of its time
 
 
 def share_of(consumer: KafkaConsumer, held: list[int]) -> str:
@@ -203,8 +203,8 @@ def connect(client: Any, *topics: str, **settings: Any) -> Any:
     """A connected client; without one in 10 s it ends the script with status 1."""
     if sys.stdout is None:
         sys.exit("--- no stdout to write to")
-    os.set_blocking(1, True)  # or lines get lost in a full pipe, under PYTHONUNBUFFERED
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
+    os.set_blocking(1, True)  # wait for a full pipe, also where a parent (ssh, node) does not
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # buffered, always
     logging.getLogger("kafka").addHandler(BrokerNews())
     logging.getLogger("kafka").propagate = False
     # Each try takes one of several addresses, picked at random, which may be silent all the time.
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="show the counts once, and end")
     options = parser.parse_args()
-    if not options.group.isprintable():  # as what is not UTF-8
+    if not options.group.isprintable():  # nor are bytes that are not UTF-8
         parser.error("--group: not a name")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to finish yet

@@ -53,7 +53,7 @@ def open_producer() -> KafkaProducer:
         acks="all",  # confirmed: on every replica that is in sync, not on one broker alone
         enable_idempotence=True,  # in the log once, however often the client had to send it again
         batch_size=64 * 1024,  # under load, four times the events in a request: a fifth faster
-        max_block_ms=5_000,  # so long it waits for the topic, deaf to Ctrl-C
+        max_block_ms=5_000,  # so long it waits for a topic, and Ctrl-C waits as well
         reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
         **SECURITY,
     )
@@ -149,8 +149,8 @@ def connect(client: Any, *topics: str, **settings: Any) -> Any:
     """A connected client; without one in 10 s it ends the script with status 1."""
     if sys.stdout is None:
         sys.exit("--- no stdout to write to")
-    os.set_blocking(1, True)  # or lines get lost in a full pipe, under PYTHONUNBUFFERED
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
+    os.set_blocking(1, True)  # wait for a full pipe, also where a parent (ssh, node) does not
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # buffered, always
     logging.getLogger("kafka").addHandler(BrokerNews())
     logging.getLogger("kafka").propagate = False
     # Each try takes one of several addresses, picked at random, which may be silent all the time.
@@ -181,7 +181,7 @@ def main() -> None:
         failed = deliveries.failed + len(deliveries.unconfirmed)  # the latter may be in the log
         log.info("%d delivered, %d failed", deliveries.delivered, failed)
     if failed:
-        os._exit(1)  # without a broker, close() of kafka-python 3.0.12 does not end
+        os._exit(1)  # close() would wait for the rest, and without a broker may not end
     producer.close(timeout=5)
 
 

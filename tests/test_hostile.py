@@ -287,13 +287,17 @@ class NotUtf8(str):
         return b"\xff"
 
 
-@pytest.mark.parametrize("damage", ["a byte of the batch", "a header's key is not UTF-8"])
+NO_LZ4 = "import kafka.codec; kafka.codec.has_lz4 = lambda: False"
+
+
+@pytest.mark.parametrize("damage", ["a byte of the batch", "a header's key is not UTF-8", "no lz4"])
 def test_what_kafka_python_cannot_read_ends_the_readers_with_a_line(
     damage: str, start: Start, broker: Broker, witness: Witness
 ) -> None:
     witness.create(1)
     witness.write([(0, b"key", event("good"))])
-    consumer, processor = start("consumer.py"), start("processor.py", "--group", "counting")
+    consumer = start(command=patched(NO_LZ4, "consumer.py"))
+    processor = start(command=patched(NO_LZ4, "processor.py", "--group", "counting"))
     until(lambda: consumer.lines and processor.snapshots, "they are at work")
     until(lambda: witness.committed() == {0: 1}, "it is committed")
     for script in (consumer, processor):
@@ -302,6 +306,8 @@ def test_what_kafka_python_cannot_read_ends_the_readers_with_a_line(
         producer = KafkaProducer(bootstrap_servers=broker.address)
         producer.send(TOPIC, event("bad"), headers=[(NotUtf8("key"), b"value")]).get(PATIENCE)
         producer.close()
+    elif damage == "no lz4":
+        witness.write([(0, b"key", event("bad"))] * 100, compression="lz4")
     else:
         witness.write([(0, b"key", event("damaged"))])
         segment = broker.folder / "data" / f"{TOPIC}-0" / f"{0:020}.log"
@@ -314,7 +320,7 @@ def test_what_kafka_python_cannot_read_ends_the_readers_with_a_line(
         assert script.wait() == 1
         last = script.err.splitlines()[-1]
         assert last.startswith("--- cannot read the events: ")
-        assert "CorruptRecordError" in last
+        assert ("UnsupportedCodecError" if damage == "no lz4" else "CorruptRecordError") in last
         assert "Traceback" not in script.err
     assert len(consumer.lines) == len(processor.snapshots) == 1
     assert witness.committed() == {0: 1}
