@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import signal
+import sys
 import time
 import uuid
 from datetime import datetime, timedelta
@@ -24,6 +25,7 @@ from harness import (
     line,
     patched,
     produce,
+    python,
     settled,
     shown,
     until,
@@ -31,6 +33,9 @@ from harness import (
 
 HAS_ALL = "--- partitions of events: 0, 1, 2\n"
 COUNTS_ALL = "--- counting partitions of events: 0, 1, 2: all\n"
+PART = r"--- counting partitions of events: \d; others of the group have the rest \(all: .*\)"
+# Runs a command on a terminal of its own, and passes on what that shows.
+TERMINAL = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
 USERS = ("sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234")
 
 
@@ -112,13 +117,6 @@ def test_producer_and_consumer_show_the_same_lines(start: Start, witness: Witnes
     until(lambda: len(consumer.lines) >= 1000, "all events are shown")
     assert consumer.stop() == 0
     assert shown(producer) == shown(consumer) == sorted(map(line, witness.log()))
-
-
-def test_quiet_producer_shows_nothing_but_its_tally(start: Start, witness: Witness) -> None:
-    producer = start("producer.py", "--count", "50", "--interval", "0", "--quiet")
-    assert producer.wait() == 0
-    assert (producer.out, producer.err) == ("", "--- 50 delivered, 0 failed\n")
-    assert len(witness.log()) == 50
 
 
 def test_producer_keeps_its_interval(start: Start, witness: Witness) -> None:
@@ -205,15 +203,6 @@ def test_consumers_coming_and_leaving_show_each_event_once(start: Start, witness
     assert shown(*consumers) == shown(producer)
 
 
-def test_a_group_of_its_own_gets_every_event(start: Start, witness: Witness) -> None:
-    producer = produce(start, 100)
-    consumers = [start("consumer.py"), start("consumer.py", "--group", "mine")]
-    for consumer in consumers:
-        until(lambda: len(consumer.lines) >= 100, "all events are shown")
-        assert consumer.stop() == 0
-        assert shown(consumer) == shown(producer)
-
-
 def test_consumer_commits_what_it_showed_and_nothing_more(start: Start, witness: Witness) -> None:
     produce(start, 200)
     ends: dict[int, int] = {}
@@ -227,15 +216,17 @@ def test_consumer_commits_what_it_showed_and_nothing_more(start: Start, witness:
 
 
 def test_processor_counts_what_was_sent(start: Start, witness: Witness) -> None:
-    produce(start, 2000)
-    expected = count(witness.log())
+    produce(start, 1997)
+    witness.write((number, None, event("alice", "click")) for number in range(3))
+    expected = count(witness.log())  # of which alice has some on each partition
     for _ in range(2):  # a restart counts the same
         processor = start("processor.py")
         until(lambda: processor.snapshots, "counts are shown")
         assert processor.stop() == 0
         assert processor.snapshots == [expected]  # whole at once, and only once
-        assert processor.err.startswith(COUNTS_ALL)
+        assert processor.err == f"{COUNTS_ALL}--- left the group\n"  # and no word of progress
     assert processor.out == json.dumps(expected, indent=2, sort_keys=True) + "\n"
+    assert witness.committed() == {}
 
 
 def test_processor_goes_on_counting(start: Start, witness: Witness) -> None:
@@ -336,31 +327,45 @@ def test_processor_beside_two_consumers_counts_its_share(start: Start, witness: 
     assert shown(*consumers) == shown(producer)
 
 
-def test_a_fourth_consumer_has_no_partition(start: Start, witness: Witness) -> None:
-    produce(start, 90)
+def test_a_fourth_member_holds_nothing_until_another_leaves(start: Start, witness: Witness) -> None:
     consumers = [start("consumer.py") for _ in range(3)]
     until(settled(witness, 3), "each consumer has a partition")
-    fourth = start("consumer.py")
-    none = "--- partitions of events: none yet: others of the group have them, or "
-    until(lambda: fourth.err.startswith(none), "it says why it has none")
+    fourth, processor = start("consumer.py"), start("processor.py")
+    none = (
+        "partitions of events: none yet: others of the group have them, or there is no topic, no "
+    )
+    until(lambda: fourth.err.startswith(f"--- {none}"), "it says why it has none")
+    until(lambda: processor.err.startswith(f"--- counting {none}"), "it says that it holds nothing")
+    assert processor.err.endswith(" (all: --group NAME)\n")
+    assert processor.stop() == 0
+    assert processor.snapshots == []
     assert consumers[0].stop() == 0
     taken = r"^--- partitions of events: \d$"
     until(lambda: re.search(taken, fourth.err, re.MULTILINE), "it takes over")
 
 
-def test_processor_beside_three_consumers_holds_nothing(start: Start, witness: Witness) -> None:
-    produce(start, 90)
-    consumers = [start("consumer.py") for _ in range(3)]
-    until(settled(witness, 3), "each consumer has a partition")
-    processor = start("processor.py")
-    none = "--- counting partitions of events: none yet: others of the group have them, or "
-    until(lambda: processor.err.startswith(none), "it says that it holds nothing")
-    assert processor.err.endswith(" (all: --group NAME)\n")
-    assert processor.stop() == 0
-    assert processor.snapshots == []
+def test_a_part_says_under_every_snapshot_that_it_is_one(start: Start, witness: Witness) -> None:
+    witness.create(3)
+    witness.write((number % 3, b"key", event(f"user {number % 3}")) for number in range(30))
+    consumers = [start("consumer.py"), start("consumer.py")]
+    until(settled(witness, 2), "the consumers share the partitions")
+    processor = start(command=[*TERMINAL, *python("processor.py")])
+    for number in range(1, 4):
+        until(lambda: len(re.findall(r"^\}\r$", processor.out, re.MULTILINE)) >= number, "counts")
+        witness.write((partition, b"key", event(f"user {partition}")) for partition in range(3))
     for consumer in consumers:
         assert consumer.stop() == 0
-    assert len(shown(*consumers)) == 90
+    until(lambda: COUNTS_ALL.strip() in processor.out, "it has everything")
+    seen = processor.out.replace("\r", "")
+    part, _, everything = seen.partition(COUNTS_ALL)
+    first, *snapshots = re.split(r"^\{$", part, flags=re.MULTILINE)
+    assert re.fullmatch(f"{PART}\n", first)  # before the first snapshot
+    assert len(snapshots) >= 3
+    for snapshot in snapshots:
+        assert re.search(rf"^\}}\n{PART}\n$", snapshot, re.MULTILINE)  # and under each
+    assert max(len(line) for line in part.splitlines()) < 100
+    until(lambda: processor.out.endswith("}\r\n"), "everything is counted")
+    assert "counting" not in everything
 
 
 def test_a_long_catch_up_shows_its_progress(start: Start, witness: Witness) -> None:
@@ -376,30 +381,6 @@ def test_a_long_catch_up_shows_its_progress(start: Start, witness: Witness) -> N
     [left, *_] = re.findall(r"^--- ([\d,]+) events still to read$", processor.err, re.MULTILINE)
     assert 0 < int(left.replace(",", "")) <= 100_000
     assert processor.stop() == 0
-
-
-def test_a_quick_catch_up_shows_none(start: Start, witness: Witness) -> None:
-    produce(start, 1000)
-    processor = start("processor.py")
-    until(lambda: processor.snapshots, "counts are shown")
-    assert processor.stop() == 0
-    assert processor.err == f"{COUNTS_ALL}--- left the group\n"
-
-
-def test_processor_never_commits(start: Start, witness: Witness) -> None:
-    produce(start, 50)
-    processor = start("processor.py")
-    until(lambda: processor.snapshots, "counts are shown")
-    assert processor.stop() == 0
-    assert witness.committed() == {}
-
-
-def test_a_user_on_several_partitions_is_added_up(start: Start, witness: Witness) -> None:
-    witness.create(3)
-    witness.write((number % 3, None, event("alice", "click")) for number in range(10))
-    processor = start("processor.py")
-    until(lambda: processor.snapshots, "counts are shown")
-    assert processor.snapshots[0] == {"alice": {"click": 10}}
 
 
 def test_the_broker_is_the_compose_files(broker: Broker) -> None:
