@@ -176,7 +176,7 @@ def test_two_consumers_share_the_partitions(start: Start, witness: Witness) -> N
 def test_a_restarted_consumer_neither_repeats_nor_misses(start: Start, witness: Witness) -> None:
     producers = [produce(start, 300)]
     consumers = []
-    for _ in range(3):
+    for _ in range(2):
         consumer = start("consumer.py")
         consumers.append(consumer)
         until(lambda: len(shown(*consumers)) >= 300 * len(producers), "the new events are shown")

@@ -61,7 +61,7 @@ def test_a_signal_ends_the_wait_for_a_broker(signum: int, start: Start) -> None:
 
 def test_a_signal_at_any_moment_of_the_start_ends_it(start: Start, witness: Witness) -> None:
     dice = random.Random(6)
-    for _ in range(6):
+    for _ in range(3):
         scripts = [(start(name), dice.choice([signal.SIGINT, signal.SIGTERM])) for name in SCRIPTS]
         time.sleep(dice.uniform(0.1, 0.6))
         for script, signum in scripts:
