@@ -231,9 +231,9 @@ def main() -> None:
     except BrokenPipeError:  # | head has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
     finally:
-        consumer.close(timeout_ms=5_000)  # leaves the group, so that others take over at once
         if stopping:
-            log.info("left the group")
+            log.info("leaving the group")
+        consumer.close(timeout_ms=5_000)  # tells the group, so that others take over at once
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def test_processor_counts_what_was_sent(start: Start, witness: Witness) -> None:
         until(lambda: processor.snapshots, "counts are shown")
         assert processor.stop() == 0
         assert processor.snapshots == [expected]  # whole at once, and only once
-        assert processor.err == f"{COUNTS_ALL}--- left the group\n"  # and no word of progress
+        assert processor.err == f"{COUNTS_ALL}--- leaving the group\n"  # and no word of progress
     assert processor.out == json.dumps(expected, indent=2, sort_keys=True) + "\n"
     assert witness.committed() == {}
 

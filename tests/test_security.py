@@ -260,7 +260,7 @@ def test_brokers_that_cannot_be_reached_at_their_own_address(
         else:
             until(lambda: "partitions of events: none yet: " in script.err, "it says what it has")
             assert script.stop(timeout=20) == 0
-            assert re.fullmatch(rf"{lost}--- .*\n--- left the group\n", script.err)
+            assert re.fullmatch(rf"{lost}--- .*\n--- leaving the group\n", script.err)
 
 
 def allow(witness: Witness, resource: ResourceType, name: str) -> None:

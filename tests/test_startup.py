@@ -189,4 +189,4 @@ def test_a_signal_ends_all_cleanly_and_they_leave_the_group(
     # The last line is the script's own, so that the prompt does not stand behind ^C.
     assert re.fullmatch(r"--- \d+ delivered, 0 failed", producer.err.splitlines()[-1])
     for reader in (consumer, processor):
-        assert reader.err.splitlines()[-1] == "--- left the group"
+        assert reader.err.splitlines()[-1] == "--- leaving the group"
