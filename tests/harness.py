@@ -261,8 +261,12 @@ class Witness:
         return [group.group_id for group in listed.valid or []]
 
     def clean(self) -> None:
-        """Leaves neither topic nor groups."""
-        if self.partitions():
+        """Leaves neither topics nor groups."""
+        topics = self.admin.list_topics(timeout=PATIENCE).topics
+        if others := [name for name in topics if name != TOPIC and not name.startswith("_")]:
+            for future in self.admin.delete_topics(others).values():
+                future.result()
+        if TOPIC in topics:
             self.delete()
         for group in self.groups():
             until(lambda: not self.members(group), f"{group} has no members")
