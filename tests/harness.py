@@ -28,6 +28,11 @@ from confluent_kafka.cimpl import NewPartitions, NewTopic
 SCRIPTS = ("producer.py", "consumer.py", "processor.py")
 TOPIC = "events"
 GROUP = "event-watchers"
+# What a reader says that has no partition.
+NONE_YET = (
+    "partitions of events: none yet: others of the group have them, "
+    "or there is no topic, no right to it, or no group"
+)
 PATIENCE = 60.0  # seconds; generous, for a test that passes does not wait for it
 
 Counts = dict[str, dict[str, int]]
@@ -433,6 +438,19 @@ def patched(lines: str, script: str, *arguments: str) -> list[str]:
     """The command that runs one of the scripts after these lines, which change kafka-python."""
     run = f'import runpy; runpy.run_path({str(ROOT / script)!r}, run_name="__main__")'
     return [sys.executable, "-c", f"{lines}\n{run}", *arguments]
+
+
+def reading(pipe: int) -> Callable[[], bytes]:
+    """A function that returns all that has come out of a non-blocking pipe so far."""
+    output = b""
+
+    def read() -> bytes:
+        nonlocal output
+        with contextlib.suppress(BlockingIOError):
+            output += os.read(pipe, 1 << 20)
+        return output
+
+    return read
 
 
 def choosing(expression: str) -> str:

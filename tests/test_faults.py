@@ -1,6 +1,5 @@
 """Nothing lost, nothing counted twice: members and brokers that come, go and crash."""
 
-import contextlib
 import os
 import random
 import re
@@ -28,6 +27,7 @@ from harness import (
     event,
     line,
     patched,
+    reading,
     settled,
     shown,
     until,
@@ -291,14 +291,7 @@ def test_a_consumer_held_up_for_too_long_says_that_events_are_shown_again(
     )
     until(lambda: not select.select([], [pipe], [], 0)[1], "the pipe is full")
     until(lambda: witness.members() == [], "the group has given it up")
-    output = b""
-
-    def read() -> bytes:
-        nonlocal output
-        with contextlib.suppress(BlockingIOError):
-            output += os.read(pipe, 1 << 20)
-        return output
-
+    read = reading(pipe)
     until(lambda: read().count(b"\n") > 3000, "its events are shown again")
     assert "the group went on without this one" in consumer.err
     until(lambda: read().count(b"\n") >= 6000, "all of them")

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from broker import Broker
 from conftest import CHEAP
-from harness import Start, Witness, assert_plain, produce, until
+from harness import NONE_YET, Start, Witness, assert_plain, produce, until
 
-ABSENT = "partitions of events: none yet: others of the group have them, or there is no topic, no "
 pytestmark = pytest.mark.xdist_group("no topic")  # one worker, and so one broker
 
 
@@ -32,9 +31,9 @@ def test_the_topic_comes_late(start: Start, witness: Witness) -> None:
     match = re.fullmatch(r"--- Kafka shows no topic events; to create it: `(.*)`\n", producer.err)
     assert match
     for reader in readers:
-        until(lambda: ABSENT in reader.err, "it says why it waits")
+        until(lambda: NONE_YET in reader.err, "it says why it waits")
     interrupted = start("consumer.py", "--group", "other")
-    until(lambda: ABSENT in interrupted.err, "it says why it waits")
+    until(lambda: NONE_YET in interrupted.err, "it says why it waits")
     assert interrupted.stop(timeout=15) == 0
 
     command = shlex.split(match[1])
@@ -49,7 +48,7 @@ def test_the_topic_comes_late(start: Start, witness: Witness) -> None:
     for reader in readers:
         assert reader.stop() == 0
         assert_plain(reader)
-        assert reader.err.count(ABSENT) == 1
+        assert reader.err.count(NONE_YET) == 1
 
 
 def test_a_signal_ends_the_wait_for_the_topic(start: Start, broker: Broker) -> None:
@@ -100,6 +99,6 @@ def test_no_group_comes_about(start: Start, tmp_path: Path) -> None:
     with Broker(tmp_path, environment=environment) as broker:
         readers = [start(name, address=broker.address) for name in ("consumer.py", "processor.py")]
         for reader in readers:
-            until(lambda: ABSENT in reader.err, "it says that it has nothing, and why", 20)
+            until(lambda: NONE_YET in reader.err, "it says that it has nothing, and why", 20)
             assert reader.stop(timeout=15) == 0
             assert_plain(reader)

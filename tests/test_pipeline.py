@@ -13,6 +13,7 @@ import pytest
 from broker import ROOT, Broker
 from confluent_kafka import Producer
 from harness import (
+    NONE_YET,
     PATIENCE,
     SCRIPTS,
     TOPIC,
@@ -33,7 +34,10 @@ from harness import (
 
 HAS_ALL = "--- partitions of events: 0, 1, 2\n"
 COUNTS_ALL = "--- counting partitions of events: 0, 1, 2: all\n"
-PART = r"--- counting partitions of events: \d; others of the group have the rest \(all: .*\)"
+PART = (
+    r"--- counting partitions of events: \d; others of the group have the rest"
+    r" \(all: --group NAME\)"
+)
 # Runs a command on a terminal of its own, and passes on what that shows.
 TERMINAL = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
 USERS = ("sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234")
@@ -331,12 +335,10 @@ def test_a_fourth_member_holds_nothing_until_another_leaves(start: Start, witnes
     consumers = [start("consumer.py") for _ in range(3)]
     until(settled(witness, 3), "each consumer has a partition")
     fourth, processor = start("consumer.py"), start("processor.py")
-    none = (
-        "partitions of events: none yet: others of the group have them, or there is no topic, no "
-    )
-    until(lambda: fourth.err.startswith(f"--- {none}"), "it says why it has none")
-    until(lambda: processor.err.startswith(f"--- counting {none}"), "it says that it holds nothing")
-    assert processor.err.endswith(" (all: --group NAME)\n")
+    until(lambda: fourth.err.startswith(f"--- {NONE_YET}"), "it says why it has none")
+    said = f"--- counting {NONE_YET} (all: --group NAME)\n"
+    until(lambda: processor.err.endswith(said), "it says that it holds nothing")
+    assert processor.err.startswith(said)
     assert processor.stop() == 0
     assert processor.snapshots == []
     assert consumers[0].stop() == 0

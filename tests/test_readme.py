@@ -198,9 +198,9 @@ def test_breaking_it(number: int, changed: bool, project: Path, broker: Broker) 
         assert sum(number for actions in counts.values() for number in actions.values()) == 100
 
 
-@pytest.mark.parametrize("half", ["with", "without"])
-def test_making_it_yours(half: str, project: Path, broker: Broker) -> None:
-    """The lines that the README names are all that is to change; also without the second half."""
+@pytest.mark.parametrize("last_part", ["with", "without"])
+def test_making_it_yours(last_part: str, project: Path, broker: Broker) -> None:
+    """The lines that the README names are all that is to change; also without the last part."""
     make_it_yours = section("## Make it yours")
     [diff] = blocks(make_it_yours, "diff")
     for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
@@ -209,7 +209,7 @@ def test_making_it_yours(half: str, project: Path, broker: Broker) -> None:
             change(project / name, hunk)
     for name in SCRIPTS:
         text = (project / name).read_text()
-        if half == "without":
+        if last_part == "without":
             silenced = 'logging.getLogger("kafka").setLevel(logging.ERROR)'
             assert f"`{silenced}`" in make_it_yours
             second = re.compile(r"^# From here to main\(\).*?(?=^def main)", re.M | re.S)

@@ -1,6 +1,5 @@
 """How the scripts start and end when something about them, not Kafka, is unusual."""
 
-import contextlib
 import os
 import random
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from broker import free_port
-from harness import SCRIPTS, Start, Witness, line, produce, python, until
+from harness import SCRIPTS, Start, Witness, line, produce, python, reading, until
 
 
 @pytest.fixture(scope="module")
@@ -154,20 +153,13 @@ def test_no_line_is_lost_in_a_full_pipe(
     )
 
     until(lambda: not select.select([], [pipe], [], 0)[1], "the pipe is full")
-    output = b""
-
-    def read() -> list[bytes]:
-        nonlocal output
-        with contextlib.suppress(BlockingIOError):
-            output += os.read(pipe, 1 << 20)
-        return output.splitlines()
-
-    until(lambda: len(read()) == 5000, "all is shown")
+    read = reading(pipe)
+    until(lambda: len(read().splitlines()) == 5000, "all is shown")
     if "consumer" in arguments:
         until(lambda: sum(witness.committed().values()) == 5000, "all is committed")
         script.process.send_signal(signal.SIGINT)
     assert script.wait() == 0
-    assert sorted(map(bytes.decode, read())) == sorted(map(line, witness.log()))
+    assert sorted(read().decode().splitlines()) == sorted(map(line, witness.log()))
     os.close(pipe)
 
 
