@@ -235,11 +235,12 @@ class Witness:
 
         def created() -> bool:
             try:
-                self.admin.create_topics([topic])[TOPIC].result()
+                self.admin.create_topics([topic], request_timeout=5)[TOPIC].result()
             except KafkaException as error:
-                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
+                    self.delete(TOPIC)
+                elif error.args[0].code() != KafkaError._TIMED_OUT:
                     raise
-                self.delete()
                 return False
             return True
 
@@ -247,13 +248,27 @@ class Witness:
         until(created, "the topic is created")
         until(lambda: len(self.partitions()) == partitions, "the topic is there")
 
-    def delete(self) -> None:
-        self.admin.delete_topics([TOPIC])[TOPIC].result()
-        until(lambda: not self.partitions(), "the topic is gone")
+    def delete(self, *topics: str) -> None:
+        def gone() -> bool:
+            there = self.admin.list_topics(timeout=PATIENCE).topics
+            if not (left := [name for name in topics if name in there]):
+                return True
+            # Asked anew if need be: librdkafka may not notice that it knows the controller by now.
+            for future in self.admin.delete_topics(left, request_timeout=5).values():
+                with contextlib.suppress(KafkaException):
+                    future.result()
+            return False
+
+        until(gone, "the topics are gone")
 
     def add_partitions(self, total: int) -> None:
-        self.admin.create_partitions([NewPartitions(TOPIC, total)])[TOPIC].result()
-        until(lambda: len(self.partitions()) == total, "the topic has more partitions")
+        def added() -> bool:
+            with contextlib.suppress(KafkaException):  # as in delete()
+                new = NewPartitions(TOPIC, total)
+                self.admin.create_partitions([new], request_timeout=5)[TOPIC].result()
+            return len(self.partitions()) == total
+
+        until(added, "the topic has more partitions")
 
     def delete_before(self, offsets: dict[int, int]) -> None:
         """Removes the events before these offsets, as retention does in its own time."""
@@ -268,11 +283,7 @@ class Witness:
     def clean(self) -> None:
         """Leaves neither topics nor groups."""
         topics = self.admin.list_topics(timeout=PATIENCE).topics
-        if others := [name for name in topics if name != TOPIC and not name.startswith("_")]:
-            for future in self.admin.delete_topics(others).values():
-                future.result()
-        if TOPIC in topics:
-            self.delete()
+        self.delete(*(name for name in topics if not name.startswith("_")))
         for group in self.groups():
             until(lambda: not self.members(group), f"{group} has no members")
             self.admin.delete_consumer_groups([group])[group].result()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from broker import Broker
 from conftest import CHEAP
-from harness import NONE_YET, Start, Witness, assert_plain, produce, until
+from harness import NONE_YET, TOPIC, Start, Witness, assert_plain, produce, until
 
 pytestmark = pytest.mark.xdist_group("no topic")  # one worker, and so one broker
 
@@ -62,7 +62,7 @@ def test_ctrl_c_when_the_topic_has_just_been_deleted(start: Start, witness: Witn
     witness.create(3)
     producer = start("producer.py", "--interval", "0.01")
     until(lambda: len(producer.lines) > 20, "it is at it")
-    witness.delete()
+    witness.delete(TOPIC)
 
     def stands_still() -> bool:
         lines = len(producer.lines)

@@ -4,7 +4,7 @@ import signal
 import time
 
 import pytest
-from harness import Script, Start, Witness, add, count, event, line, produce, shown, until
+from harness import TOPIC, Script, Start, Witness, add, count, event, line, produce, shown, until
 
 
 def at_work(start: Start, witness: Witness) -> tuple[Script, Script]:
@@ -87,7 +87,7 @@ def test_a_replaced_topic_is_counted_from_its_start_when_events_come(
     processor = start("processor.py")
     until(lambda: processor.snapshots, "counts are shown")
     processor.process.send_signal(signal.SIGSTOP)  # or it may create the topic first
-    witness.delete()
+    witness.delete(TOPIC)
     witness.create(1)
     witness.write([(0, b"key", event("new"))] * 10)
     processor.process.send_signal(signal.SIGCONT)
