@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from broker import Broker, version
-from harness import Script, Start, Witness, python, until
+from harness import Pipe, Script, Start, Witness, python, until
 
 # A shell's background jobs start with Ctrl-C and Ctrl-\ ignored, and would hand that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -94,6 +94,13 @@ def fragile_broker(tmp_path: Path) -> Iterator[Broker]:
 @pytest.fixture
 def witness(broker: Broker) -> Witness:
     return Witness(broker.address)
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[Pipe]:
+    pipe = Pipe(tmp_path)
+    yield pipe
+    os.close(pipe.end)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import select
 import signal
 import socket
 import struct
@@ -202,6 +203,25 @@ class Proxy:
 
     def close(self) -> None:
         self.listener.close()
+
+
+class Pipe:
+    """A pipe for a script to write to, by the name of `path`, which only read() empties."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "fifo")
+        os.mkfifo(self.path)
+        self.end = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)
+        self.output = b""
+
+    def is_full(self) -> bool:
+        return not select.select([], [self.end], [], 0)[1]
+
+    def read(self) -> bytes:
+        """All that has come out of it so far."""
+        with contextlib.suppress(BlockingIOError):
+            self.output += os.read(self.end, 1 << 20)
+        return self.output
 
 
 class Message(NamedTuple):
@@ -451,17 +471,23 @@ def patched(lines: str, script: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", f"{lines}\n{run}", *arguments]
 
 
-def reading(pipe: int) -> Callable[[], bytes]:
-    """A function that returns all that has come out of a non-blocking pipe so far."""
-    output = b""
-
-    def read() -> bytes:
-        nonlocal output
-        with contextlib.suppress(BlockingIOError):
-            output += os.read(pipe, 1 << 20)
-        return output
-
-    return read
+def failing(sign: Path) -> str:
+    """Lines for patched(): while the file is there, a reader's calls fail, and add to its size."""
+    return f"""
+from kafka import KafkaConsumer, errors
+def fails(call):
+    def failing(*arguments, **settings):
+        try:
+            with open({str(sign)!r}, "r+") as file:
+                file.seek(0, 2)
+                file.write(".")
+        except FileNotFoundError:
+            return call(*arguments, **settings)
+        raise errors.KafkaTimeoutError
+    return failing
+KafkaConsumer.poll = fails(KafkaConsumer.poll)
+KafkaConsumer.committed = fails(KafkaConsumer.committed)
+"""
 
 
 def choosing(expression: str) -> str:

@@ -1,9 +1,7 @@
 """Nothing lost, nothing counted twice: members and brokers that come, go and crash."""
 
-import os
 import random
 import re
-import select
 import signal
 import time
 from collections import Counter
@@ -17,6 +15,7 @@ from conftest import CHEAP
 from harness import (
     GROUP,
     TOPIC,
+    Pipe,
     Proxy,
     Script,
     Start,
@@ -25,9 +24,9 @@ from harness import (
     assert_plain,
     count,
     event,
+    failing,
     line,
     patched,
-    reading,
     settled,
     shown,
     until,
@@ -119,28 +118,11 @@ def test_everybody_outlives_an_outage_of_the_broker(
         assert LOST.findall(script.err) == BACK.findall(script.err) == [address]
 
 
-# A client that can do nothing more when the file is there, and writes there how often it tried.
-FAILING = """
-import os
-from kafka import KafkaConsumer
-from kafka.errors import KafkaTimeoutError
-poll = KafkaConsumer.poll
-def failing(self, *arguments, **settings):
-    if not os.path.exists({sign!r}):
-        return poll(self, **settings)
-    with open({sign!r}, "a") as file:
-        file.write(".")
-    raise KafkaTimeoutError
-KafkaConsumer.poll = KafkaConsumer.committed = failing
-"""
-
-
 def test_ctrl_c_during_an_outage(start: Start, fragile_broker: Broker, tmp_path: Path) -> None:
     signs = [tmp_path / "consumer", tmp_path / "processor"]
-    failing = [FAILING.format(sign=str(sign)) for sign in signs]
     producer = start("producer.py", "--interval", "0.01")
-    consumer = start(command=patched(failing[0], "consumer.py"))
-    processor = start(command=patched(failing[1], "processor.py", "--group", "counting"))
+    consumer = start(command=patched(failing(signs[0]), "consumer.py"))
+    processor = start(command=patched(failing(signs[1]), "processor.py", "--group", "counting"))
     scripts = [producer, consumer, processor]
     until(lambda: consumer.lines and processor.snapshots, "all are at work")
     fragile_broker.kill()
@@ -279,25 +261,19 @@ KafkaConsumer.DEFAULT_CONFIG["max_poll_interval_ms"] = 2_000
 
 
 def test_a_consumer_held_up_for_too_long_says_that_events_are_shown_again(
-    start: Start, witness: Witness, tmp_path: Path
+    start: Start, witness: Witness, pipe: Pipe
 ) -> None:
     witness.create(1)
     witness.write([(0, b"key", event())] * 3000)
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    pipe = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
-    consumer = start(
-        command=["sh", "-c", f'exec "$@" >{fifo}', "sh", *patched(HURRIED, "consumer.py")]
-    )
-    until(lambda: not select.select([], [pipe], [], 0)[1], "the pipe is full")
+    command = patched(HURRIED, "consumer.py")
+    consumer = start(command=["sh", "-c", 'exec "$@" >"$0"', pipe.path, *command])
+    until(pipe.is_full, "the pipe is full")
     until(lambda: witness.members() == [], "the group has given it up")
-    read = reading(pipe)
-    until(lambda: read().count(b"\n") > 3000, "its events are shown again")
+    until(lambda: pipe.read().count(b"\n") > 3000, "its events are shown again")
     assert "the group went on without this one" in consumer.err
-    until(lambda: read().count(b"\n") >= 6000, "all of them")
+    until(lambda: pipe.read().count(b"\n") >= 6000, "all of them")
     assert consumer.stop() == 0
     assert witness.committed() == {0: 3000}
-    os.close(pipe)
 
 
 # Runs a script with a kafka-python that cannot send a fetch request, when it has just taken events

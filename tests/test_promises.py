@@ -3,18 +3,17 @@
 import contextlib
 import os
 import re
-import select
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from broker import Broker, free_port
 from conftest import CHEAP
 from harness import (
     PATIENCE,
+    Pipe,
     Proxy,
     Start,
     Witness,
@@ -105,27 +104,23 @@ def proxy(proxied_broker: Proxy) -> Proxy:
 
 
 def test_a_consumer_held_up_in_its_output_has_committed_no_more_than_is_there(
-    start: Start, witness: Witness, tmp_path: Path
+    start: Start, witness: Witness, pipe: Pipe
 ) -> None:
     witness.create(1)
     # 7 kB: for the consumer one poll() and, as Python buffers 8 kB, one write().
     witness.write([(0, b"key", event())] * 60)
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    pipe = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
     with contextlib.suppress(BlockingIOError):
         while True:
-            os.write(pipe, b"\n" * 4096)
-    os.read(pipe, 4096)  # the pipe was full; now there is room for half of the events
+            os.write(pipe.end, b"\n" * 4096)
+    os.read(pipe.end, 4096)  # the pipe was full; now there is room for half of the events
     consumer = start(
-        command=["sh", "-c", 'exec "$@" > "$0"', str(fifo), *python("consumer.py")],
+        command=["sh", "-c", 'exec "$@" > "$0"', pipe.path, *python("consumer.py")],
         environment={"PYTHONUNBUFFERED": ""},
     )
-    until(lambda: not select.select([], [pipe], [], 0)[1], "the pipe is full again")
+    until(pipe.is_full, "the pipe is full again")
     committed = witness.committed().get(0, 0)
     assert consumer.stop(signal.SIGKILL) == -signal.SIGKILL
-    *in_pipe, _ = os.read(pipe, 1 << 20).decode().lstrip("\n").split("\n")
-    os.close(pipe)
+    *in_pipe, _ = pipe.read().decode().lstrip("\n").split("\n")
     assert 0 < len(in_pipe) < 60
     assert committed <= len(in_pipe)
     successor = start("consumer.py")

@@ -1,20 +1,17 @@
 """How the scripts start and end when something about them, not Kafka, is unusual."""
 
-import os
 import random
 import re
-import select
 import shlex
 import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from broker import free_port
-from harness import SCRIPTS, Start, Witness, line, produce, python, reading, until
+from harness import SCRIPTS, Pipe, Start, Witness, line, produce, python, until
 
 
 @pytest.fixture(scope="module")
@@ -140,27 +137,21 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 @pytest.mark.parametrize("arguments", ["producer.py --count 5000 --interval 0", "consumer.py"])
 def test_no_line_is_lost_in_a_full_pipe(
-    arguments: str, start: Start, witness: Witness, tmp_path: Path
+    arguments: str, start: Start, witness: Witness, pipe: Pipe
 ) -> None:
     if "consumer" in arguments:
         produce(start, 5000)
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    pipe = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
     script = start(
-        command=[sys.executable, "-c", NON_BLOCKING, str(fifo), *python(*arguments.split())],
+        command=[sys.executable, "-c", NON_BLOCKING, pipe.path, *python(*arguments.split())],
         environment={"PYTHONUNBUFFERED": "1"},  # usual in containers; Python's own stdout loses so
     )
-
-    until(lambda: not select.select([], [pipe], [], 0)[1], "the pipe is full")
-    read = reading(pipe)
-    until(lambda: len(read().splitlines()) == 5000, "all is shown")
+    until(pipe.is_full, "the pipe is full")
+    until(lambda: len(pipe.read().splitlines()) == 5000, "all is shown")
     if "consumer" in arguments:
         until(lambda: sum(witness.committed().values()) == 5000, "all is committed")
         script.process.send_signal(signal.SIGINT)
     assert script.wait() == 0
-    assert sorted(read().decode().splitlines()) == sorted(map(line, witness.log()))
-    os.close(pipe)
+    assert sorted(pipe.read().decode().splitlines()) == sorted(map(line, witness.log()))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
