@@ -109,7 +109,7 @@ class Counts(ConsumerRebalanceListener):
                 held.goal = self.consumer.end_offsets([partition], timeout_ms=5_000)[partition]
             # position() is past the last event where others behind it are gone or aborted.
             position = self.consumer.position(partition, timeout_ms=0) or 0
-            left += max(0, held.goal - max(position, held.next_offset))
+            left += max(0, held.goal - position)
         return left
 
 

@@ -210,24 +210,6 @@ def test_processor_prints_when_something_changed_and_at_most_once_a_second(
     assert len(before_the_end) <= span.total_seconds() + 3
 
 
-def test_first_snapshot_is_whole_under_a_running_producer(start: Start, witness: Witness) -> None:
-    produce(start, 5_000)
-    held_at_start = count(witness.log())
-    producer = start("producer.py", "--interval", "0", "--quiet")
-    seen = len(witness.log())
-    until(lambda: len(witness.log()) > seen, "the producer is at it")
-    processor = start("processor.py")
-    until(lambda: processor.snapshots, "counts are shown")
-    assert producer.process.poll() is None, "the producer still runs"
-    first = processor.snapshots[0]
-    for user, actions in held_at_start.items():
-        for action, number in actions.items():
-            assert first[user][action] >= number
-    assert producer.stop() == 0
-    expected = count(witness.log())
-    until(lambda: processor.snapshots[-1] == expected, "all is counted")
-
-
 def test_processor_beside_two_consumers_counts_its_share(start: Start, witness: Witness) -> None:
     consumers = [start("consumer.py"), start("consumer.py")]
     until(settled(witness, 2), "the consumers share the partitions")

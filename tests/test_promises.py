@@ -23,6 +23,7 @@ from harness import (
     event,
     line,
     patched,
+    produce,
     python,
     settled,
     shown,
@@ -184,6 +185,23 @@ def test_the_first_counts_wait_for_no_more_than_the_events(start: Start, witness
     witness.write([(0, b"key", event())])
     processor = start(command=patched(NO_TIME, "processor.py"))
     until(lambda: processor.snapshots == [{"alice": {"view": 1}}], "the counts are shown")
+
+
+def test_the_first_counts_do_not_wait_for_a_producer_that_it_cannot_outrun(
+    start: Start, witness: Witness
+) -> None:
+    produce(start, 1000)
+    held_at_start = count(witness.log())
+    producer = start("producer.py", "--interval", "0", "--quiet")
+    until(lambda: len(witness.log()) > 1000, "the producer is at it")
+    processor = start(command=patched(SLOW_POLL, "processor.py"))  # at most 2000 events a second
+    until(lambda: processor.snapshots, "counts are shown")
+    assert producer.process.poll() is None, "the producer still runs"
+    first = processor.snapshots[0]
+    for user, actions in held_at_start.items():
+        for action, number in actions.items():
+            assert first[user][action] >= number
+    assert producer.stop() == 0
 
 
 def test_the_last_counts_hold_what_was_read_last(start: Start, witness: Witness) -> None:
