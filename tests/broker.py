@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 try:
@@ -76,23 +75,27 @@ def is_open(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def free_port() -> int:
-    """A free port, outside the range of outgoing connections (which starts at 32768 on Linux).
+def free_port(number: int = 1) -> int:
+    """The first of so many free ports in a row.
 
-    A client that keeps trying a port of that range while its broker is down may get that very
-    port as its own end, connect to itself and keep the broker from coming back.
+    They are outside the range of outgoing connections (which starts at 32768 on Linux): a client
+    that keeps trying a port of that range while its broker is down may get that very port as its
+    own end, connect to itself and keep the broker from coming back.
 
-    Nobody else is given it while this process runs, which holds the UDP port of the same number.
+    Nobody else is given them while this process runs, which holds the UDP ports of those numbers.
     """
     while True:
-        address = ("127.0.0.1", random.randint(20000, 32000))
-        claim = socket.socket(type=socket.SOCK_DGRAM)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            claim.bind(address)
-            probe.bind(address)
-            CLAIMS.append(claim)
-            return address[1]
-        claim.close()
+        first = random.randint(20000, 32000)
+        claims = [socket.socket(type=socket.SOCK_DGRAM) for _ in range(number)]
+        with contextlib.suppress(OSError):
+            for port, claim in enumerate(claims, first):
+                claim.bind(("127.0.0.1", port))
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            CLAIMS.extend(claims)
+            return first
+        for claim in claims:
+            claim.close()
 
 
 class Broker:
@@ -199,12 +202,7 @@ class Broker:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.kill()
 
 
@@ -222,8 +220,6 @@ class Cluster:
         copies, needed = str(len(ports)), str(min(2, len(ports)))
         self.brokers = []
         for number, (port, controller) in enumerate(zip(ports, controllers, strict=True), 1):
-            own_folder = folder / str(number)
-            own_folder.mkdir()
             own = {
                 "KAFKA_NODE_ID": str(number),
                 "KAFKA_CONTROLLER_QUORUM_VOTERS": ",".join(voters),
@@ -234,10 +230,8 @@ class Cluster:
                 "KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR": copies,
                 "KAFKA_TRANSACTION_STATE_LOG_REPLICATION_FACTOR": copies,
                 "KAFKA_TRANSACTION_STATE_LOG_MIN_ISR": needed,
-                "KAFKA_SHARE_COORDINATOR_STATE_TOPIC_REPLICATION_FACTOR": copies,
-                "KAFKA_SHARE_COORDINATOR_STATE_TOPIC_MIN_ISR": needed,
             }
-            self.brokers.append(Broker(own_folder, port, own | (environment or {})))
+            self.brokers.append(Broker(folder / str(number), port, own | (environment or {})))
         self.address = ",".join(broker.address for broker in self.brokers)
 
     def __enter__(self) -> "Cluster":
@@ -290,7 +284,6 @@ def serve(brokers: list[Broker], ready: str) -> int:
 
 def serve_one() -> int:
     """Serves localhost:9092; the events are kept, as with Docker."""
-    EVENTS.mkdir(exist_ok=True)
     broker = Broker(EVENTS, PORT)
     broker.start()
     try:

@@ -83,15 +83,6 @@ def broker(lasting_broker: Broker) -> Broker:
 
 
 @pytest.fixture
-def fragile_broker(tmp_path: Path) -> Iterator[Broker]:
-    """A running broker for one test, which may kill it."""
-    folder = tmp_path / "broker"
-    folder.mkdir()
-    with Broker(folder, environment=QUICK_RETURN) as broker:
-        yield broker
-
-
-@pytest.fixture
 def witness(broker: Broker) -> Witness:
     return Witness(broker.address)
 
@@ -118,9 +109,7 @@ def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
         command: list[str] | None = None,
     ) -> Script:
         if address is None:
-            names = ("fragile_broker", "broker")
-            name = next(name for name in names if name in request.fixturenames)
-            address = request.getfixturevalue(name).address
+            address = request.getfixturevalue("broker").address
         variables = {"KAFKA_BOOTSTRAP_SERVERS": address, **(environment or {})}
         script = Script(tmp_path, command or python(*arguments), variables)
         scripts.append(script)
@@ -138,5 +127,5 @@ def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
         except Exception:
             script.process.kill()
             script.wait()
-        print(f"--- {' '.join(script.command)}: {script.process.returncode}")
+        print(f"--- {script.command}: {script.process.returncode}")
         print(script.out[-400:], script.err[-4000:], sep="\n")

@@ -16,13 +16,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 from broker import ROOT
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
@@ -147,16 +147,15 @@ class Proxy:
         self.delay, self.rate = 0.0, math.inf
 
     def accept(self) -> None:
-        with contextlib.suppress(OSError):  # it is closed
-            while True:
-                client, _ = self.listener.accept()
-                try:
-                    server = socket.create_connection(("127.0.0.1", self.target))
-                except OSError:
-                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    client.close()
-                    continue
-                self.connect(client, server)
+        while True:
+            client, _ = self.listener.accept()
+            try:
+                server = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.close()
+                continue
+            self.connect(client, server)
 
     def connect(self, client: socket.socket, server: socket.socket) -> None:
         api_keys: dict[int, int] = {}  # of the requests, by correlation id
@@ -201,9 +200,6 @@ class Proxy:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
-    def close(self) -> None:
-        self.listener.close()
-
 
 class Pipe:
     """A pipe for a script to write to, by the name of `path`, which only read() empties."""
@@ -220,8 +216,21 @@ class Pipe:
     def read(self) -> bytes:
         """All that has come out of it so far."""
         with contextlib.suppress(BlockingIOError):
-            self.output += os.read(self.end, 1 << 20)
+            while True:
+                self.output += os.read(self.end, 1 << 20)
         return self.output
+
+
+@contextlib.contextmanager
+def frozen(*several: Any) -> Iterator[None]:
+    """Stops scripts or brokers as Ctrl-Z does; they go on at the end."""
+    for one in several:
+        one.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for one in several:
+            one.process.send_signal(signal.SIGCONT)
 
 
 class Message(NamedTuple):
@@ -250,21 +259,17 @@ class Witness:
         partitions = self.admin.list_topics(timeout=PATIENCE).topics[TOPIC].partitions
         return [len(p.isrs if in_sync else p.replicas) for _, p in sorted(partitions.items())]
 
-    def create(self, partitions: int, **config: str) -> None:
+    def create(self, partitions: int) -> None:
         """A new topic, instead of one that a client has just created by asking for it."""
 
         def created() -> bool:
-            try:
+            self.delete(TOPIC)
+            with contextlib.suppress(KafkaException):  # as in delete()
                 self.admin.create_topics([topic], request_timeout=5)[TOPIC].result()
-            except KafkaException as error:
-                if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
-                    self.delete(TOPIC)
-                elif error.args[0].code() != KafkaError._TIMED_OUT:
-                    raise
-                return False
-            return True
+                return True
+            return False
 
-        topic = NewTopic(TOPIC, partitions, 1, config=config)
+        topic = NewTopic(TOPIC, partitions, 1)
         until(created, "the topic is created")
         until(lambda: len(self.partitions()) == partitions, "the topic is there")
 
@@ -309,18 +314,18 @@ class Witness:
             self.admin.delete_consumer_groups([group])[group].result()
 
     def members(self, group: str = GROUP) -> list[list[int]]:
-        """The partitions of each member of the group, if its coordinator can already tell."""
+        """The partitions of each member of the group; [[-1]] while its coordinator cannot tell."""
         # Not describe_consumer_groups(): when that is not answered, librdkafka 2.x aborts Python.
         try:
             found = self.admin.list_groups(group, timeout=5)
         except KafkaException:
-            return []
+            return [[-1]]
         members: list[Any] = [member for state in found for member in state.members]
         return [assigned(member.assignment) for member in members]
 
-    def committed(self, group: str = GROUP) -> dict[int, int]:
-        """The committed offset of each partition that has one."""
-        consumer = Consumer({**self.settings, "group.id": group})
+    def committed(self) -> dict[int, int]:
+        """The group's committed offset of each partition that has one."""
+        consumer = Consumer({**self.settings, "group.id": GROUP})
         asked = [TopicPartition(TOPIC, number) for number in self.partitions()]
 
         def answer() -> list[TopicPartition] | None:
@@ -342,11 +347,12 @@ class Witness:
         unread = set(self.partitions())
         consumer.assign([TopicPartition(TOPIC, number, 0) for number in unread])
         messages = []
+        message: Any  # by its types, all that it is asked for may be None
+        deadline = time.monotonic() + PATIENCE
         while unread:
+            assert time.monotonic() < deadline, f"no end of partitions {unread}"
             for message in consumer.consume(1_000, timeout=0.05):
                 partition, offset, error = message.partition(), message.offset(), message.error()
-                assert partition is not None
-                assert offset is not None
                 if error is None:
                     messages.append(Message(partition, offset, message.key(), message.value()))
                 else:
@@ -356,36 +362,22 @@ class Witness:
         return sorted(messages, key=lambda message: message[:2])
 
     def write(
-        self,
-        messages: Iterable[tuple[int, bytes | None, bytes | None]],
-        compression: str = "none",
+        self, messages: Iterable[tuple[int, bytes | None, bytes | None]], compression: str = "none"
     ) -> None:
         """Writes raw (partition, key, value)."""
-        failures: list[object] = []
+        errors: set[object] = set()
         producer = Producer({**self.settings, "linger.ms": 5, "compression.type": compression})
-        for partition, key, value in messages:
-            while True:
-                try:
-                    producer.produce(
-                        TOPIC,
-                        value,
-                        key,
-                        partition,
-                        on_delivery=lambda error, _: failures.append(error) if error else None,
-                    )
-                    break
-                except BufferError:
-                    producer.poll(0.1)
+        for number, (partition, key, value) in enumerate(messages):
+            if number % 50_000 == 0:  # half of what its buffer takes
+                producer.flush(PATIENCE)
+            producer.produce(TOPIC, value, key, partition, on_delivery=lambda e, _: errors.add(e))
         assert producer.flush(PATIENCE) == 0
-        assert not failures
+        assert errors <= {None}
 
 
 def assigned(assignment: bytes) -> list[int]:
     """The partitions in a member's assignment, of at most one topic (Kafka's consumer protocol)."""
-    if not assignment:
-        return []  # it is just joining
-    _, topics = struct.unpack_from(">hi", assignment)
-    if not topics:
+    if len(assignment) < 12:  # it is just joining, or has none
         return []
     [length] = struct.unpack_from(">h", assignment, 6)
     [number] = struct.unpack_from(">i", assignment, 8 + length)
@@ -433,11 +425,28 @@ def produce(start: Start, number: int) -> Script:
     return producer
 
 
-def settled(witness: Witness, members: int, group: str = GROUP) -> Callable[[], bool]:
+def main_job(start: Start, witness: Witness, **where: Any) -> list[Script]:
+    """A hundred events are sent, shown and counted; returns the scripts."""
+    producer = start("producer.py", "--count", "100", "--interval", "0", **where)
+    assert producer.wait() == 0
+    log = witness.log()
+    assert shown(producer) == sorted(map(line, log))
+    assert witness.partitions() == [0, 1, 2]
+    consumer = start("consumer.py", **where)
+    until(lambda: len(consumer.lines) >= 100, "all events are shown")
+    assert consumer.stop() == 0
+    assert shown(consumer) == shown(producer)
+    processor = start("processor.py", "--once", "--group", "counting", **where)
+    assert processor.wait() == 0
+    assert processor.snapshots == [count(log)]
+    return [producer, consumer, processor]
+
+
+def settled(witness: Witness, members: int) -> Callable[[], bool]:
     """The condition that so many members share all partitions, each of them holding its share."""
 
     def condition() -> bool:
-        held = witness.members(group)
+        held = witness.members()
         everything = sorted(partition for share in held for partition in share)
         few, more = divmod(len(witness.partitions()), members)
         sizes = sorted(map(len, held))

@@ -43,40 +43,33 @@ def test_it_serves_until_ctrl_c_and_keeps_the_events(start: Start, tmp_path: Pat
         assert broker.stop(signal.SIGINT if run == 0 else signal.SIGTERM) == 0
         assert broker.err == ""
         assert broker.lines[-1] == "stopping Kafka"
-    assert (tmp_path / ".kafka" / "data").is_dir()
 
 
-def test_it_serves_a_command_on_a_free_port_and_ends_with_its_status(
-    start: Start, tmp_path: Path
-) -> None:
+def test_beside_a_broker_it_serves_a_command_and_nothing_else(start: Start, tmp_path: Path) -> None:
     job = f"{sys.executable} producer.py --count 3 --interval 0 --quiet && env && exit 7"
     with socket.socket() as taken:
         port = free_port()
         taken.bind(("127.0.0.1", port))
         taken.listen()
         broker = program(start, port, tmp_path, "sh", "-c", job)
-        assert broker.wait() == 7
+        refused = program(start, port, tmp_path)
+        assert broker.wait() == 7  # the command's status
+        assert refused.wait() == 1
+    assert refused.err == f"port {port} is taken: does a broker run already?\n"
     [own] = re.findall(r"^KAFKA_BOOTSTRAP_SERVERS=localhost:(\d+)$", broker.out, re.MULTILINE)
     assert int(own) != port
     assert broker.err == "--- 3 delivered, 0 failed\n"
     assert not (tmp_path / ".kafka").exists()
 
 
-def test_three_brokers_on_the_usual_ports_are_at_the_addresses_that_they_name(
-    tmp_path: Path,
-) -> None:
-    cluster = Cluster(tmp_path, [9092, 9093, 9094])
-    assert cluster.address == "localhost:9092,localhost:9093,localhost:9094"
-    for broker, port in zip(cluster.brokers, (9092, 9093, 9094), strict=True):
-        address = f"PLAINTEXT://localhost:{port}"
-        assert broker.environment["KAFKA_ADVERTISED_LISTENERS"] == address
-        assert broker.environment["KAFKA_LISTENERS"].startswith(
-            f"{address},CONTROLLER://localhost:"
-        )
+def test_three_brokers_on_the_usual_ports_name_their_own(tmp_path: Path) -> None:
+    for broker in Cluster(tmp_path, [9092, 9093, 9094]).brokers:
+        own = f"PLAINTEXT://{broker.address}"
+        assert broker.environment["KAFKA_ADVERTISED_LISTENERS"] == own
 
 
 def test_three_brokers_until_ctrl_c_of_which_one_is_killed(start: Start, tmp_path: Path) -> None:
-    port = free_port()
+    port = free_port(3)
     brokers = program(start, port, tmp_path, "--brokers", "3")
     until(lambda: "Ctrl-C stops all" in brokers.out, "they are ready", 2 * PATIENCE)
     addresses = [f"localhost:{port + number}" for number in range(3)]
@@ -93,20 +86,6 @@ def test_three_brokers_until_ctrl_c_of_which_one_is_killed(start: Start, tmp_pat
     assert brokers.lines[-1] == "stopping Kafka"
     assert not any(process.is_running() for process in running)
     assert brokers.err == ""
-
-
-def test_it_refuses_a_port_that_is_taken(start: Start, tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        port = free_port()
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        broker = program(start, port, tmp_path)
-        assert broker.wait() == 1
-        assert broker.out == ""
-        assert broker.err == f"port {port} is taken: does a broker run already?\n"
-        helped = program(start, port, tmp_path, "--help")
-        assert helped.wait() == 0
-        assert "--brokers 3" in helped.out
 
 
 def test_without_its_packages_it_says_what_to_install(start: Start) -> None:

@@ -1,7 +1,6 @@
 """Three brokers, each partition on all of them: the loss of one is no loss of Kafka."""
 
 import re
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from harness import (
     count,
     event,
     failing,
+    frozen,
     line,
     patched,
     settled,
@@ -38,31 +38,28 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def witness(cluster: Cluster) -> Witness:
-    """Neither topic nor group exists."""
-    witness = Witness(cluster.address)
-    witness.clean()
-    return witness
+def broker(cluster: Cluster) -> Cluster:
+    """The brokers, on which neither topic nor group exists."""
+    Witness(cluster.address).clean()
+    return cluster
 
 
 def test_each_of_three_brokers_is_killed_in_turn(
     start: Start, cluster: Cluster, witness: Witness
 ) -> None:
-    producer = start("producer.py", "--interval", "0.05", address=cluster.address)
+    producer = start("producer.py", "--interval", "0.05")
     until(lambda: producer.lines, "the topic is there")
     assert witness.copies() == [3, 3, 3]
-    consumers = [start("consumer.py", address=cluster.address) for _ in range(2)]
-    processor = start("processor.py", "--group", "counting", address=cluster.address)
+    consumers = [start("consumer.py") for _ in range(2)]
+    processor = start("processor.py", "--group", "counting")
     scripts = [producer, *consumers, processor]
     until(settled(witness, 2), "the consumers share the partitions")
     until(lambda: processor.snapshots, "the processor is connected to all three")
     for broker in cluster.brokers:
         broker.kill()
-        killed = time.monotonic()
         before = [len(script.lines) for script in scripts]
         for script, lines in zip(scripts, before, strict=True):
             until(lambda: len(script.lines) > lines + 5, f"{script.command[1]} goes on")
-        print(f"{broker.address}: all at work {time.monotonic() - killed:.1f} s after its end")
         broker.start()
         until(lambda: witness.copies(in_sync=True) == [3, 3, 3], "the cluster is whole again")
     assert producer.stop() == 0
@@ -92,9 +89,8 @@ def test_a_partition_without_a_leader_is_waited_for(
     witness.write((number % 3, b"key", event(f"user {number % 3}")) for number in range(30))
     everything = count(witness.log())
     cluster.brokers[2].kill()
-    consumer = start("consumer.py", address=cluster.address)
-    command = patched(failing(sign), "processor.py", "--group", "counting")
-    processor = start(command=command, address=cluster.address)
+    consumer = start("consumer.py")
+    processor = start(command=patched(failing(sign), "processor.py", "--group", "counting"))
     until(lambda: len(consumer.lines) == 20, "what has a leader is shown")
     living = {int(text[len("partition=")]) for text in consumer.lines}
     until(lambda: "cannot go on (" in processor.err, "it says that it cannot go on")
@@ -130,23 +126,19 @@ random.choice = choose
 
 def test_one_address_of_three_is_silent(start: Start, cluster: Cluster, witness: Witness) -> None:
     """As where a host is down. It is tried first, and then one of the others."""
-    producer = start("producer.py", "--count", "1", address=cluster.address)
+    producer = start("producer.py", "--count", "1")
     assert producer.wait() == 0  # the topic is there, each partition on all three
     silent = cluster.brokers[1]
-    assert silent.process is not None
-    silent.process.send_signal(signal.SIGSTOP)
-    try:
+    with frozen(silent):
         others = ",".join(b.address for b in cluster.brokers if b is not silent)
         # A new witness each time: one that knows all three may ask the silent one.
         until(lambda: Witness(others).copies(in_sync=True) == [2, 2, 2], "the others have noticed")
         first = FIRST.format(port=silent.port)
-        producer = start(command=patched(first, "producer.py"), address=cluster.address)
+        producer = start(command=patched(first, "producer.py"))
         said = rf"--- no connection to {silent.address} \(.*RequestTimedOutError.*\); trying again"
         until(lambda: re.match(said, producer.err), "it names the one that is silent")
         until(lambda: producer.lines, "it sends by way of another")
         assert producer.stop() == 0
-    finally:
-        silent.process.send_signal(signal.SIGCONT)
     until(lambda: witness.copies(in_sync=True) == [3, 3, 3], "the cluster is whole again")
 
 
@@ -158,8 +150,7 @@ KafkaProducer.DEFAULT_CONFIG.update(request_timeout_ms=3_000)
 
 
 def test_two_of_three_are_dead(start: Start, cluster: Cluster, witness: Witness) -> None:
-    command = patched(HASTY, "producer.py", "--interval", "0.1")
-    producer = start(command=command, address=cluster.address)
+    producer = start(command=patched(HASTY, "producer.py", "--interval", "0.1"))
     until(lambda: len({line.split()[0] for line in producer.lines}) == 3, "it knows all three")
     living, *dead = cluster.brokers
     for broker in dead:

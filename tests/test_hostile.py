@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import time
 from typing import Any
 
@@ -13,13 +12,13 @@ from harness import (
     PATIENCE,
     TOPIC,
     Message,
-    Script,
     Start,
     Witness,
     assert_plain,
     choosing,
     count,
     event,
+    frozen,
     patched,
     until,
 )
@@ -35,23 +34,15 @@ MALFORMED: dict[str, bytes | None] = {
     "no value": None,
     "empty": b"",
     "not UTF-8": b"\xff\xfe\xfa",
-    "UTF-16": GOOD[0].decode().encode("utf-16"),
     "UTF-16, no BOM": GOOD[0].decode().encode("utf-16-le"),
     "a BOM": b"\xef\xbb\xbf" + GOOD[0],
     "not JSON": b"hello",
-    "cut off": GOOD[0][:-1],
-    "two": GOOD[0] + GOOD[0],
     "a list": b"[1, 2]",
     "a string": b'"alice"',
     "a number": b"7",
     "null": b"null",
     "deep": b"[" * 200_000,
-    "deep and closed": b"[" * 200_000 + b"]" * 200_000,
-    "deep objects": b'{"a":' * 100_000,
     "6,000 digits": b"1" * 6000,
-    "6,000 digits as user": event("@").replace(b'"@"', b"1" * 6000),
-    # json.loads() takes numbers of up to 4,300 digits.
-    "6,000 digits more": event(extra=0).replace(b": 0}", b": " + b"1" * 6000 + b"}"),
     "900 kB": b"x" * 900_000,
     "surrogate byte": event("@").replace(b"@", b"\xed\xa0\x80"),
     **{f"no {field}": WITHOUT[field] for field in ("user_id", "action")},
@@ -67,16 +58,11 @@ STRANGE: dict[str, bytes] = {
     "numbers": event(event_id=7, timestamp=1.5, amount=-3, tags=["a"], more={"b": None}),
     "empty user": event(""),
     "lone surrogate": event("\ud800"),
-    "astral": json.dumps({**json.loads(event()), "user_id": "🦀"}, ensure_ascii=False).encode(),
+    "astral": event("@").replace(b"@", "🦀".encode()),
     "escape sequences": event("\x1b[2J\x1b]0;owned\x07"),
     "raw control character": event("\x7f").replace(b"\\u007f", b"\x7f"),
-    "line separators": json.dumps(
-        {**json.loads(event()), "user_id": "a\u2028b\u2029c\u0085d"}, ensure_ascii=False
-    ).encode(),
-    "right to left": json.dumps(
-        {**json.loads(event()), "user_id": "\u202eevil\u2066"}, ensure_ascii=False
-    ).encode(),
-    "NaN": event(extra=float("nan")),  # what json.loads() takes is JSON
+    "line separators": event("@").replace(b"@", "a\u2028b\u2029c\u0085d".encode()),
+    "right to left": event("@").replace(b"@", "\u202eevil\u2066".encode()),
     "900 kB more": event(extra="x" * 900_000),
     "space and newlines": b"\r\n\t " + event("spaced") + b"\r\n",
     "a field twice": event("first").replace(b"{", b'{"user_id": "zeroth", ', 1),
@@ -90,14 +76,10 @@ def is_harmless(text: str) -> bool:
     return all(character.isprintable() for character in text)
 
 
-def all_read(script: Script, number: int) -> bool:
-    return len(script.lines) >= number
-
-
 @pytest.fixture
 def mixture(witness: Witness) -> list[Message]:
     """Everything above on the topic, among good events, under every kind of key."""
-    witness.create(3, **{"max.message.bytes": "1048588"})
+    witness.create(3)
     values: list[bytes | None] = []
     for value in (*MALFORMED.values(), *STRANGE.values()):
         values += [GOOD[len(values) // 2 % 4], value]
@@ -113,36 +95,31 @@ def test_consumer_shows_everything_in_one_harmless_line(
     mixture: list[Message], start: Start
 ) -> None:
     consumer = start("consumer.py")
-    until(lambda: all_read(consumer, len(mixture)), "everything is shown")
+    until(lambda: len(consumer.lines) >= len(mixture), "everything is shown")
     assert consumer.stop() == 0
     assert "Traceback" not in consumer.err
     assert len(consumer.lines) == len(mixture)
-    lines = {}
-    for line in consumer.lines:
-        assert is_harmless(line)
-        where, offset, rest = line.split(" ", 2)
-        lines[f"{where} {offset}"] = rest
+    assert all(is_harmless(line) for line in consumer.lines)
+    places = {line.partition(" key=")[0]: line for line in consumer.lines}
+    by_value = {}
     for message in mixture:
-        shown = lines[f"partition={message.partition} offset={message.offset}"]
-        for data in (message.key, message.value):
+        line = places[f"partition={message.partition} offset={message.offset}"]
+        by_value[message.value] = line
+        for data, before, after in ((message.key, " key=", " "), (message.value, " ", "")):
             text = "null" if data is None else data.decode(errors="replace")
             if is_harmless(text) and "\ufffd" not in text:
-                assert text in shown  # as it was sent
-    by_value = {message.value: message for message in mixture}
+                assert f"{before}{text}{after}" in line  # as it was sent
     for value, expected in (
-        (None, "null"),
+        (None, " null"),
         (b"\xff\xfe\xfa", r"\xff\xfe\xfa"),
         (STRANGE["raw control character"], r'"user_id": "\x7f"'),
         (STRANGE["line separators"], r"a\u2028b\u2029c\x85d"),
         (STRANGE["right to left"], r"\u202eevil\u2066"),
         (STRANGE["astral"], "🦀"),
     ):
-        message = by_value[value]
-        line = lines[f"partition={message.partition} offset={message.offset}"]
-        assert expected in line
-    assert any(line.startswith(r"key=\x1b[31m ") for line in lines.values())
-    assert any(line.startswith(r"key=a\rb\nc ") for line in lines.values())
-    assert any(line.startswith("key=null ") for line in lines.values())
+        assert expected in by_value[value]
+    for key in (r"\x1b[31m", r"a\rb\nc", "null"):
+        assert any(f" key={key} " in line for line in consumer.lines)
 
 
 def test_processor_counts_the_good_and_names_the_malformed(
@@ -165,13 +142,8 @@ def test_processor_says_why(start: Start, witness: Witness) -> None:
     processor = start("processor.py")
     until(lambda: processor.snapshots, "counts are shown")
     reasons: dict[bytes | None, str] = {
-        None: "AttributeError: ",
-        b"\xff": "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0",
         b"hello": "JSONDecodeError: Expecting value: line 1 column 1 (char 0)",
-        b"[" * 200_000: "RecursionError: maximum recursion depth exceeded",
-        b"[1]": "TypeError: list indices must be integers or slices, not str",
         WITHOUT["user_id"]: "KeyError: 'user_id'",
-        event(["alice"]): "TypeError: what is counted must be a string",
     }
     for offset, (value, why) in enumerate(reasons.items()):
         witness.write([(2, b"k", value)])
@@ -242,7 +214,7 @@ def test_every_codec_is_read(start: Start, witness: Witness) -> None:
     for codec in ("gzip", "snappy", "lz4", "zstd"):  # in large batches
         witness.write(((i % 3, b"key", event(codec)) for i in range(20_000)), compression=codec)
     consumer, processor = start("consumer.py"), start("processor.py", "--group", "counting")
-    until(lambda: all_read(consumer, 80_000), "all events are shown")
+    until(lambda: len(consumer.lines) >= 80_000, "all events are shown")
     until(lambda: processor.snapshots, "all events are counted")
     assert processor.snapshots[0] == count(witness.log())
     for script in (consumer, processor):
@@ -287,40 +259,31 @@ class NotUtf8(str):
         return b"\xff"
 
 
-NO_LZ4 = "import kafka.codec; kafka.codec.has_lz4 = lambda: False"
-
-
-@pytest.mark.parametrize("damage", ["a byte of the batch", "a header's key is not UTF-8", "no lz4"])
+@pytest.mark.parametrize("damage", ["a byte of the batch", "a header's key is not UTF-8"])
 def test_what_kafka_python_cannot_read_ends_the_readers_with_a_line(
     damage: str, start: Start, broker: Broker, witness: Witness
 ) -> None:
     witness.create(1)
     witness.write([(0, b"key", event("good"))])
-    consumer = start(command=patched(NO_LZ4, "consumer.py"))
-    processor = start(command=patched(NO_LZ4, "processor.py", "--group", "counting"))
+    consumer, processor = start("consumer.py"), start("processor.py", "--group", "counting")
     until(lambda: consumer.lines and processor.snapshots, "they are at work")
     until(lambda: witness.committed() == {0: 1}, "it is committed")
-    for script in (consumer, processor):
-        script.process.send_signal(signal.SIGSTOP)
-    if "header" in damage:
-        producer = KafkaProducer(bootstrap_servers=broker.address)
-        producer.send(TOPIC, event("bad"), headers=[(NotUtf8("key"), b"value")]).get(PATIENCE)
-        producer.close()
-    elif damage == "no lz4":
-        witness.write([(0, b"key", event("bad"))] * 100, compression="lz4")
-    else:
-        witness.write([(0, b"key", event("damaged"))])
-        segment = broker.folder / "data" / f"{TOPIC}-0" / f"{0:020}.log"
-        with segment.open("r+b") as file:
-            file.seek(segment.read_bytes().index(b"damaged"))
-            file.write(b"D")
-    for script in (consumer, processor):
-        script.process.send_signal(signal.SIGCONT)
+    with frozen(consumer, processor):
+        time.sleep(1)  # a fetch that is on its way comes back with nothing
+        if "header" in damage:
+            producer = KafkaProducer(bootstrap_servers=broker.address)
+            producer.send(TOPIC, event("bad"), headers=[(NotUtf8("key"), b"value")]).get(PATIENCE)
+            producer.close()
+        else:
+            witness.write([(0, b"key", event("damaged"))])
+            segment = broker.folder / "data" / f"{TOPIC}-0" / f"{0:020}.log"
+            with segment.open("r+b") as file:
+                file.seek(segment.read_bytes().index(b"damaged"))
+                file.write(b"D")
     for script in (consumer, processor):
         assert script.wait() == 1
         last = script.err.splitlines()[-1]
-        assert last.startswith("--- cannot read the events: ")
-        assert ("UnsupportedCodecError" if damage == "no lz4" else "CorruptRecordError") in last
+        assert re.match("--- cannot read the events: .*CorruptRecordError", last)
         assert "Traceback" not in script.err
     assert len(consumer.lines) == len(processor.snapshots) == 1
     assert witness.committed() == {0: 1}

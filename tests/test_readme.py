@@ -4,15 +4,12 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from broker import PORT, ROOT, Broker, is_open
-from harness import PATIENCE, SCRIPTS, Script, Witness, until
+from harness import PATIENCE, SCRIPTS, Script, Start, Witness, until
 
 README = (ROOT / "README.md").read_text()
 
@@ -48,43 +45,16 @@ def project(tmp_path: Path, broker: Broker) -> Path:
     return project
 
 
-@pytest.fixture
-def shell(tmp_path: Path) -> Iterator[list[Script]]:
-    """The scripts started by a test; ended with everything that they have started."""
-    scripts: list[Script] = []
-    yield scripts
-    for script in scripts:
-        for process in reversed(script.tree()):
-            process.terminate()
-    for script in scripts:
-        script.wait()
-
-
-def environment(address: str = "") -> dict[str, str]:
-    """That of a shell which finds the tests' Python, and Kafka at the address if one is given."""
-    inherited = {k: v for k, v in os.environ.items() if k != "KAFKA_BOOTSTRAP_SERVERS"}
+def run(start: Start, folder: Path, command: str) -> str:
+    """Runs a block in bash, with the tests' Python; returns what it has printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    given = {"KAFKA_BOOTSTRAP_SERVERS": address} if address else {}
-    return inherited | {"PATH": path} | given
-
-
-def run(folder: Path, command: str, address: str = "") -> str:
-    """Runs a block in bash; returns what it has printed."""
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=environment(address),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=3 * PATIENCE,
-    )
-    return done.stdout
+    script = start(command=["bash", "-c", f"cd {folder}\n{command}"], environment={"PATH": path})
+    assert script.wait(3 * PATIENCE) == 0
+    return script.out
 
 
 @pytest.mark.xdist_group("port 9092")
-def test_the_quick_start_without_docker(tmp_path: Path, shell: list[Script]) -> None:
+def test_the_quick_start_without_docker(tmp_path: Path, start: Start) -> None:
     if is_open(PORT):
         pytest.skip(f"port {PORT} is taken")
     quick_start = section("## Quick start")
@@ -102,9 +72,7 @@ def test_the_quick_start_without_docker(tmp_path: Path, shell: list[Script]) -> 
     def terminal(*lines: str) -> Script:
         arguments = [f"{name}={value}" for name, value in (clean | {"PATH": path}).items()]
         block = "\n".join((f"cd {project}", *lines))
-        script = Script(tmp_path, ["env", "-i", *arguments, "bash", "-c", block], {})
-        shell.append(script)
-        return script
+        return start(command=["env", "-i", *arguments, "bash", "-c", block], address="")
 
     one_command = terminal(environment, at_once)
     assert one_command.wait(3 * PATIENCE) == 0
@@ -148,21 +116,20 @@ def test_the_quick_start_without_docker(tmp_path: Path, shell: list[Script]) -> 
     assert again.stop() == 0
     [forget] = re.findall(r"`(python -m kafka.admin \S+ \S+ groups delete .*?)`", README)
     assert terminal(further, forget).wait() == 0
-    broker.process.send_signal(signal.SIGTERM)
 
 
-def test_what_is_shown_and_not_committed_is_shown_again(project: Path, broker: Broker) -> None:
+def test_what_is_shown_and_not_committed_is_shown_again(project: Path, start: Start) -> None:
     leave, _ = blocks(section("## Things to try"))
-    lines = run(project, leave, broker.address).splitlines()
+    lines = run(start, project, leave).splitlines()
     assert len(lines) == 6
     for shown in (lines[:3], lines[3:]):
         places = [re.match(r"(partition=\d) offset=(\d) ", line) for line in shown]
         assert [place and place[2] for place in places] == ["0", "1", "2"]
 
 
-def test_comparing_what_was_sent_with_what_was_shown(project: Path, broker: Broker) -> None:
+def test_comparing_what_was_sent_with_what_was_shown(project: Path, start: Start) -> None:
     _, compare = blocks(section("## Things to try"))
-    assert run(project, compare, broker.address) == "nothing lost, nothing repeated\n"
+    assert run(start, project, compare) == "nothing lost, nothing repeated\n"
 
 
 BREAK_IT = section("## Break it")
@@ -179,13 +146,13 @@ def change(script: Path, hunk: list[str]) -> None:
 
 @pytest.mark.parametrize("changed", [False, True], ids=["unchanged", "changed"])
 @pytest.mark.parametrize("number", range(3), ids=["no key", "commit first", "no seek"])
-def test_breaking_it(number: int, changed: bool, project: Path, broker: Broker) -> None:
+def test_breaking_it(number: int, changed: bool, project: Path, start: Start) -> None:
     """Each change applies to the script that the README names, and does what it says."""
     command = blocks(BREAK_IT)[number]
     script = project / re.findall(r"^\*\*.*?\*\*,? in `(\w+\.py)`", BREAK_IT, re.MULTILINE)[number]
     if changed:
         change(script, blocks(BREAK_IT, "diff")[number].splitlines())
-    out = run(project, command, broker.address)
+    out = run(start, project, command)
     if number == 0:
         partitions = re.findall(r"^ *\d+ partition=\d$", out, re.MULTILINE)
         assert len(partitions) == (3 if changed else 1)
@@ -199,7 +166,7 @@ def test_breaking_it(number: int, changed: bool, project: Path, broker: Broker) 
 
 
 @pytest.mark.parametrize("last_part", ["with", "without"])
-def test_making_it_yours(last_part: str, project: Path, broker: Broker) -> None:
+def test_making_it_yours(last_part: str, project: Path, start: Start, witness: Witness) -> None:
     """The lines that the README names are all that is to change; also without the last part."""
     make_it_yours = section("## Make it yours")
     [diff] = blocks(make_it_yours, "diff")
@@ -221,17 +188,16 @@ def test_making_it_yours(last_part: str, project: Path, broker: Broker) -> None:
             assert word not in text
         (project / name).write_text(text)
     job = "(python producer.py --count 100 --interval 0 >sent && python processor.py --once) 2>said"
-    counts = json.loads(run(project, job, broker.address))
+    counts = json.loads(run(start, project, job))
     assert {*counts} == {"Ada", "Bob", "Cleo"}
     assert {*counts["Ada"]} == {"new", "paid", "sent"}
     assert sum(number for statuses in counts.values() for number in statuses.values()) == 100
     job = "python consumer.py >shown & until [ $(wc -l <shown) -ge 100 ]; do sleep 0.1; done"
-    run(project, f"{job}; kill $!; wait", broker.address)
+    run(start, project, f"{job}; kill $!; wait")
     sent, shown = (sorted((project / name).read_text().splitlines()) for name in ("sent", "shown"))
     assert sent == shown
     fields = json.loads(sent[0][sent[0].index("{") :])
     assert list(fields) == ["order_id", "customer", "status", "amount"]
     assert all(line.startswith("--- ") for line in (project / "said").read_text().splitlines())
     assert len((project / "said").read_text().splitlines()) < 6  # kafka-python says little itself
-    groups = Witness(broker.address).groups()
-    assert {"order-watchers", "order-counts"} <= {*groups}
+    assert {"order-watchers", "order-counts"} <= {*witness.groups()}
