@@ -44,8 +44,8 @@ def join(group: str) -> KafkaConsumer:
         session_timeout_ms=10_000,  # a member that died is noticed after this
         heartbeat_interval_ms=500,  # a member that came or left is noticed after this
         metadata_max_age_ms=10_000,  # new partitions are noticed after this
-        fetch_max_bytes=2 * 1024 * 1024,  # what takes 30 s to arrive is fetched anew, for ever
-        fetch_max_wait_ms=100,  # so long a partition without new events holds up the others
+        fetch_max_bytes=2 * 1024 * 1024,  # what takes 30 s (request_timeout_ms) begins anew
+        fetch_max_wait_ms=100,  # so long a fetch of empty partitions alone holds up the others
         max_poll_records=5_000,  # so many events are counted between two looks at the rest
         reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
         **SECURITY,
@@ -53,7 +53,7 @@ def join(group: str) -> KafkaConsumer:
 
 
 def what_counts(value: Any) -> tuple[str, str]:
-    """The two fields of an event by which it is counted; raises what add() catches without them."""
+    """The two fields by which an event is counted; without them it raises what add() catches."""
     event = json.loads(value.decode())
     who, what = event["user_id"], event["action"]
     if not (isinstance(who, str) and isinstance(what, str)):
@@ -142,10 +142,10 @@ def count_events(consumer: KafkaConsumer, once: bool) -> None:
                 log.warning("cannot go on (%s); trying again", error)
             time.sleep(0.5)
             continue
-        whole = held and not (left or printed)  # the first counts wait for nothing more
-        if whole or ((held or printed) and (last_round or now >= next_report)):
+        first = not (left or printed)  # the first counts are shown as soon as they are whole
+        if (held or printed) and (first or last_round or now >= next_report):
             printed = report(counts, left, printed, share)
-            next_report = now + max(1, 15 * (time.monotonic() - now))  # prints 1/15 of its time
+            next_report = now + min(30, max(1, 15 * (time.monotonic() - now)))  # 1/16 of its time
 
 
 def share_of(consumer: KafkaConsumer, held: list[int]) -> str:
@@ -187,11 +187,11 @@ class BrokerNews(logging.Handler):
         match record.msg, record.args:
             case "Initializing connection for node_id %s at %s:%s (rack=%s)", (name, host, port, _):
                 self.addresses[name] = f"{host}:{port}"
-            case "%s: Connected", (node,) if self.addresses[node.node_id] in self.gone:
+            case "%s: Connected", (node,) if self.addresses.get(node.node_id) in self.gone:
                 self.gone.remove(self.addresses[node.node_id])
                 log.info("connected to %s again", self.addresses[node.node_id])
             case "%s: Connection lost: %s", (node, why):
-                address = self.addresses[node.node_id]
+                address = self.addresses.get(node.node_id, "Kafka")
                 # One that is only slow to answer is not gone; if it is, connecting anew will tell.
                 slow = node.init_future.succeeded() and isinstance(why, errors.RequestTimedOutError)
                 if address not in self.gone and not slow:
@@ -199,7 +199,7 @@ class BrokerNews(logging.Handler):
                     log.warning("no connection to %s (%s); trying again", address, why)
 
 
-def connect(client: Any, *topics: str, **settings: Any) -> Any:
+def connect(client: Any, **settings: Any) -> Any:
     """A connected client; without one in 10 s it ends the script with status 1."""
     if sys.stdout is None:
         sys.exit("--- no stdout to write to")
@@ -210,7 +210,7 @@ def connect(client: Any, *topics: str, **settings: Any) -> Any:
     # Each try takes one of several addresses, picked at random, which may be silent all the time.
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
         with contextlib.suppress(errors.KafkaTimeoutError):
-            return client(*topics, bootstrap_timeout_ms=seconds * 1_000, **settings)
+            return client(bootstrap_timeout_ms=seconds * 1_000, **settings)
     sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}: docker compose up -d or python tests/broker.py")
 
 

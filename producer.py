@@ -114,7 +114,7 @@ def send_events(producer: KafkaProducer, sent: Deliveries, count: float, interva
     """Sends what is due, else settles, until all are delivered, one has failed, or told to stop."""
     number, next_send = 0, time.monotonic()
     while not (stopping or sent.failed or sent.delivered >= count):
-        more = number < count and len(sent.unconfirmed) < 10_000  # it would take any number
+        more = number < count and len(sent.unconfirmed) < 10_000  # kafka-python sets no limit
         if more and time.monotonic() >= next_send:
             sent.send(producer, random_event())
             number, next_send = number + 1, time.monotonic() + interval
@@ -133,11 +133,11 @@ class BrokerNews(logging.Handler):
         match record.msg, record.args:
             case "Initializing connection for node_id %s at %s:%s (rack=%s)", (name, host, port, _):
                 self.addresses[name] = f"{host}:{port}"
-            case "%s: Connected", (node,) if self.addresses[node.node_id] in self.gone:
+            case "%s: Connected", (node,) if self.addresses.get(node.node_id) in self.gone:
                 self.gone.remove(self.addresses[node.node_id])
                 log.info("connected to %s again", self.addresses[node.node_id])
             case "%s: Connection lost: %s", (node, why):
-                address = self.addresses[node.node_id]
+                address = self.addresses.get(node.node_id, "Kafka")
                 # One that is only slow to answer is not gone; if it is, connecting anew will tell.
                 slow = node.init_future.succeeded() and isinstance(why, errors.RequestTimedOutError)
                 if address not in self.gone and not slow:
@@ -145,7 +145,7 @@ class BrokerNews(logging.Handler):
                     log.warning("no connection to %s (%s); trying again", address, why)
 
 
-def connect(client: Any, *topics: str, **settings: Any) -> Any:
+def connect(client: Any, **settings: Any) -> Any:
     """A connected client; without one in 10 s it ends the script with status 1."""
     if sys.stdout is None:
         sys.exit("--- no stdout to write to")
@@ -156,7 +156,7 @@ def connect(client: Any, *topics: str, **settings: Any) -> Any:
     # Each try takes one of several addresses, picked at random, which may be silent all the time.
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
         with contextlib.suppress(errors.KafkaTimeoutError):
-            return client(*topics, bootstrap_timeout_ms=seconds * 1_000, **settings)
+            return client(bootstrap_timeout_ms=seconds * 1_000, **settings)
     sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}: docker compose up -d or python tests/broker.py")
 
 

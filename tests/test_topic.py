@@ -61,6 +61,7 @@ def test_a_replaced_topic_is_counted_from_its_start_when_events_come(
     with frozen(processor):  # or it may create the topic first
         witness.create(1)
         witness.write([(0, b"key", event("new"))] * 10)
+        time.sleep(1)  # by then all is as before, but for the log
 
     def counted_anew() -> bool:
         witness.write([(0, b"key", event("new"))])
