@@ -122,9 +122,7 @@ def test_what_is_shown_and_not_committed_is_shown_again(project: Path, start: St
     leave, _ = blocks(section("## Things to try"))
     lines = run(start, project, leave).splitlines()
     assert len(lines) == 6
-    for shown in (lines[:3], lines[3:]):
-        places = [re.match(r"(partition=\d) offset=(\d) ", line) for line in shown]
-        assert [place and place[2] for place in places] == ["0", "1", "2"]
+    assert lines[:3] == lines[3:]
 
 
 def test_comparing_what_was_sent_with_what_was_shown(project: Path, start: Start) -> None:
@@ -183,7 +181,10 @@ def test_making_it_yours(last_part: str, project: Path, start: Start, witness: W
             text, halves = second.subn(f"{silenced}\n\n\n", text)
             text, calls = re.subn(r"connect\(\n *(KafkaConsumer|KafkaProducer),", r"\1(", text)
             assert (halves, calls) == (1, 1)
-        text = re.sub(r"^(# .*\nUSERS|ACTIONS) = .*\n", "", text, flags=re.MULTILINE)
+            if name != "producer.py":
+                text = text.replace("import contextlib\n", "")
+        if name == "producer.py":
+            text = re.sub(r"^(# .*\nUSERS|ACTIONS|GROUP_ID) = .*\n", "", text, flags=re.MULTILINE)
         for word in ("event-watchers", "user_id", "USERS", "alice", '"action"'):
             assert word not in text
         (project / name).write_text(text)
