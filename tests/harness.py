@@ -34,6 +34,11 @@ NONE_YET = (
     "partitions of events: none yet: others of the group have them, "
     "or there is no topic, no right to it, or no group"
 )
+# What a processor says that holds a part, and which partitions that is.
+PART = (
+    r"--- counting partitions of events: ([\d, ]+); others of the group have the rest"
+    r" \(all: --group NAME\)"
+)
 PATIENCE = 60.0  # seconds; generous, for a test that passes does not wait for it
 
 Counts = dict[str, dict[str, int]]
@@ -212,6 +217,10 @@ class Pipe:
 
     def is_full(self) -> bool:
         return not select.select([], [self.end], [], 0)[1]
+
+    def fed_by(self, command: list[str]) -> list[str]:
+        """The command with its stdout in the pipe."""
+        return ["sh", "-c", 'exec "$@" >"$0"', self.path, *command]
 
     def read(self) -> bytes:
         """All that has come out of it so far."""
@@ -416,9 +425,9 @@ def add(*several: Counts) -> Counts:
     return {user: dict(actions) for user, actions in total.items()}
 
 
-def produce(start: Start, number: int) -> Script:
+def produce(start: Start, number: int, **where: Any) -> Script:
     """Sends that many events as fast as it goes and waits for them."""
-    producer = start("producer.py", "--count", str(number), "--interval", "0")
+    producer = start("producer.py", "--count", str(number), "--interval", "0", **where)
     assert producer.wait() == 0
     assert producer.err.splitlines()[-1] == f"--- {number} delivered, 0 failed"
     assert len(producer.lines) == number
@@ -427,8 +436,7 @@ def produce(start: Start, number: int) -> Script:
 
 def main_job(start: Start, witness: Witness, **where: Any) -> list[Script]:
     """A hundred events are sent, shown and counted; returns the scripts."""
-    producer = start("producer.py", "--count", "100", "--interval", "0", **where)
-    assert producer.wait() == 0
+    producer = produce(start, 100, **where)
     log = witness.log()
     assert shown(producer) == sorted(map(line, log))
     assert witness.partitions() == [0, 1, 2]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from broker import ROOT, Cluster, free_port, version
-from harness import PATIENCE, Script, Start, Witness, event, until
+from harness import PATIENCE, Script, Start, Witness, event, produce, until
 
 # Runs the program on the port given first, with its data under the folder given second.
 PROGRAM = f"""
@@ -76,8 +76,7 @@ def test_three_brokers_until_ctrl_c_of_which_one_is_killed(start: Start, tmp_pat
     assert f"    export KAFKA_BOOTSTRAP_SERVERS={','.join(addresses)}" in brokers.lines
     kills = re.findall(r"^    kill -9 (\d+)  # (localhost:\d+)$", brokers.out, re.MULTILINE)
     assert [address for _, address in kills] == addresses
-    producer = start("producer.py", "--count", "10", "--interval", "0", address=addresses[0])
-    assert producer.wait() == 0
+    produce(start, 10, address=addresses[0])
     os.kill(int(kills[1][0]), signal.SIGKILL)
     until(lambda: f"the broker on {addresses[1]} has ended" in brokers.out, "it says so")
     running = [process for process in brokers.tree() if process.pid != brokers.process.pid]

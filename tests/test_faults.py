@@ -15,6 +15,7 @@ from confluent_kafka import Consumer
 from conftest import QUICK_RETURN
 from harness import (
     GROUP,
+    PART,
     TOPIC,
     Pipe,
     Proxy,
@@ -242,8 +243,7 @@ def test_a_consumer_held_up_for_too_long_says_that_events_are_shown_again(
 ) -> None:
     witness.create(1)
     witness.write([(0, b"key", event())] * 3000)
-    command = patched(HURRIED, "consumer.py")
-    consumer = start(command=["sh", "-c", 'exec "$@" >"$0"', pipe.path, *command])
+    consumer = start(command=pipe.fed_by(patched(HURRIED, "consumer.py")))
     until(pipe.is_full, "the pipe is full")
     until(lambda: witness.members() == [], "the group has given it up")
     until(lambda: pipe.read().count(b"\n") > 3000, "its events are shown again")
@@ -312,14 +312,13 @@ def test_beside_a_member_of_the_new_protocol_it_says_what_it_counts(
     stranger.subscribe([TOPIC])
     until(lambda: stranger.poll(0.1) or len(stranger.assignment()) == 3, "the stranger has all")
     processor = start("processor.py")
-    part = re.compile(r"--- counting partitions of events: ([\d, ]+); others of the group have ")
 
     def shares() -> bool:
         stranger.poll(0.1)
-        return bool(part.search(processor.err) and processor.snapshots)
+        return bool(re.search(PART, processor.err) and processor.snapshots)
 
     until(shares, "it says what it counts, and shows counts")
-    held = part.findall(processor.err)[-1].split(", ")
+    held = re.findall(PART, processor.err)[-1].split(", ")
     assert processor.snapshots[-1].keys() == {f"user {partition}" for partition in held}
     stranger.close()
     until(lambda: processor.err.endswith("0, 1, 2: all\n"), "it counts all when that has left")

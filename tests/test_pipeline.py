@@ -12,6 +12,7 @@ from broker import ROOT
 from confluent_kafka import Producer
 from harness import (
     NONE_YET,
+    PART,
     PATIENCE,
     SCRIPTS,
     TOPIC,
@@ -30,10 +31,6 @@ from harness import (
 )
 
 COUNTS_ALL = "--- counting partitions of events: 0, 1, 2: all\n"
-PART = (
-    r"--- counting partitions of events: ([\d, ]+); others of the group have the rest"
-    r" \(all: --group NAME\)"
-)
 # Runs a command on a terminal of its own, and passes on what that shows.
 TERMINAL = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]
 USERS = ("sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234")

@@ -24,6 +24,7 @@ from harness import (
     frozen,
     line,
     patched,
+    produce,
     python,
     settled,
     shown,
@@ -119,7 +120,7 @@ def test_a_consumer_held_up_in_its_output_has_committed_no_more_than_is_there(
         while True:
             os.write(pipe.end, b"\n" * 4096)
     os.read(pipe.end, 4096)  # the pipe was full; now there is room for half of the events
-    consumer = start(command=["sh", "-c", 'exec "$@" >"$0"', pipe.path, *python("consumer.py")])
+    consumer = start(command=pipe.fed_by(python("consumer.py")))
     until(pipe.is_full, "the pipe is full again")
     committed = witness.committed().get(0, 0)
     assert consumer.stop(signal.SIGKILL) == -signal.SIGKILL
@@ -148,8 +149,7 @@ def test_an_event_whose_confirmation_gets_lost_is_written_once(start: Start, pro
     witness.create(3)
     to_lose = [1, 2, 3]
     proxy.answers = lambda api_key: api_key != PRODUCE or not (to_lose and to_lose.pop())
-    producer = start("producer.py", "--count", "20", "--interval", "0", address=proxy.address)
-    assert producer.wait() == 0
+    producer = produce(start, 20, address=proxy.address)
     assert not to_lose
     log = witness.log()
     assert len(log) == 20

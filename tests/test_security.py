@@ -34,6 +34,7 @@ from harness import (
     assert_plain,
     event,
     main_job,
+    produce,
     until,
 )
 
@@ -196,8 +197,7 @@ def test_variables_that_others_set_do_no_harm(start: Start, witness: Witness) ->
         "KAFKA_SSL_KEYSTORE_LOCATION": "/etc/kafka/server.pem",
         "KAFKA_SECURITY_INTER_BROKER_PROTOCOL": "PLAINTEXT",
     }
-    start_one = ("producer.py", "--count", "3", "--interval", "0")
-    assert start(*start_one, address=witness.address, environment=theirs).wait() == 0
+    produce(start, 3, address=witness.address, environment=theirs)
     assert len(witness.log()) == 3
 
 
