@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import psutil
 from broker import ROOT
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
@@ -268,15 +268,32 @@ class Witness:
         partitions = self.admin.list_topics(timeout=PATIENCE).topics[TOPIC].partitions
         return [len(p.isrs if in_sync else p.replicas) for _, p in sorted(partitions.items())]
 
+    def ask(
+        self, request: Callable[..., dict[Any, Any]], what: list[Any], already: int = 0
+    ) -> bool:
+        """Asks the controller; returns whether that has done it, False if `already` is its answer.
+
+        Anew if need be: librdkafka, busy, may not notice that it knows the controller by now.
+        """
+        codes: set[int] = set()
+
+        def answered() -> bool:
+            codes.clear()
+            for future in request(what, request_timeout=5).values():
+                if error := future.exception():
+                    codes.add(error.args[0].code())
+            return KafkaError._TIMED_OUT not in codes
+
+        until(answered, "the controller answers")
+        assert codes <= {already}, codes
+        return not codes
+
     def create(self, partitions: int) -> None:
         """A new topic, instead of one that a client has just created by asking for it."""
 
         def created() -> bool:
             self.delete(TOPIC)
-            with contextlib.suppress(KafkaException):  # as in delete()
-                self.admin.create_topics([topic], request_timeout=5)[TOPIC].result()
-                return True
-            return False
+            return self.ask(self.admin.create_topics, [topic], KafkaError.TOPIC_ALREADY_EXISTS)
 
         topic = NewTopic(TOPIC, partitions, 1)
         until(created, "the topic is created")
@@ -285,24 +302,16 @@ class Witness:
     def delete(self, *topics: str) -> None:
         def gone() -> bool:
             there = self.admin.list_topics(timeout=PATIENCE).topics
-            if not (left := [name for name in topics if name in there]):
-                return True
-            # Asked anew if need be: librdkafka may not notice that it knows the controller by now.
-            for future in self.admin.delete_topics(left, request_timeout=5).values():
-                with contextlib.suppress(KafkaException):
-                    future.result()
-            return False
+            if left := [name for name in topics if name in there]:
+                self.ask(self.admin.delete_topics, left, KafkaError.UNKNOWN_TOPIC_OR_PART)
+            return not left
 
         until(gone, "the topics are gone")
 
     def add_partitions(self, total: int) -> None:
-        def added() -> bool:
-            with contextlib.suppress(KafkaException):  # as in delete()
-                new = NewPartitions(TOPIC, total)
-                self.admin.create_partitions([new], request_timeout=5)[TOPIC].result()
-            return len(self.partitions()) == total
-
-        until(added, "the topic has more partitions")
+        new = NewPartitions(TOPIC, total)
+        self.ask(self.admin.create_partitions, [new], KafkaError.INVALID_PARTITIONS)
+        until(lambda: len(self.partitions()) == total, "the topic has more partitions")
 
     def delete_before(self, offsets: dict[int, int]) -> None:
         """Removes the events before these offsets, as retention does in its own time."""

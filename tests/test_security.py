@@ -131,7 +131,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredBroker]
         credentials = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
         update = UserScramCredentialUpsertion("scram", credentials, PASSWORD.encode())
         witness = Witness(broker.address)
-        witness.admin.alter_user_scram_credentials([update])["scram"].result()
+        witness.ask(witness.admin.alter_user_scram_credentials, [update])
         yield secured
 
 
@@ -218,7 +218,7 @@ def allow(witness: Witness, resource: ResourceType, name: str) -> None:
     """Lets the user "nobody" do everything with the topic or the group."""
     rule = (ResourcePatternType.LITERAL, "User:nobody", "*", AclOperation.ALL)
     binding = AclBinding(resource, name, *rule, AclPermissionType.ALLOW)
-    witness.admin.create_acls([binding])[binding].result()
+    witness.ask(witness.admin.create_acls, [binding])
 
 
 def test_a_topic_that_one_may_not_read_or_write(
