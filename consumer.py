@@ -1,6 +1,6 @@
-"""Shows the events of a topic as they come. Start several: they share its partitions.
+"""Print the events of a topic as they arrive. Start several: they share its partitions.
 
-python consumer.py --group mine   in a group of its own it gets every event as well
+python consumer.py --group mine   in a group of its own it is assigned all partitions
 """
 
 import contextlib
@@ -10,155 +10,211 @@ import signal
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from kafka import KafkaConsumer, errors
+from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition, errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
-GROUP_ID = "event-watchers"  # of the readers
-# For a cluster that asks who you are: KAFKA_SECURITY_PROTOCOL, KAFKA_SASL_MECHANISM, … (README)
-NAMES = ["SECURITY_PROTOCOL", "SASL_MECHANISM", "SASL_PLAIN_USERNAME", "SASL_PLAIN_PASSWORD"]
-NAMES += ["SSL_CAFILE", "SSL_CERTFILE", "SSL_KEYFILE", "SSL_PASSWORD"]
-SECURITY = {n.lower(): os.environ[f"KAFKA_{n}"] for n in NAMES if f"KAFKA_{n}" in os.environ}
+GROUP_ID = "event-watchers"  # the consumer group of consumer.py and processor.py
+SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and so on (README)
+    name: os.environ[f"KAFKA_{name.upper()}"]
+    for name in (
+        *("security_protocol", "sasl_mechanism", "sasl_plain_username", "sasl_plain_password"),
+        *("ssl_cafile", "ssl_certfile", "ssl_keyfile", "ssl_password"),
+    )
+    if f"KAFKA_{name.upper()}" in os.environ
+}
 log = logging.getLogger("consumer.py")
-NONE = "none yet: others of the group have them, or there is no topic, no right to it, or no group"
-stopping: list[int] = []  # not empty: told to stop; a signal handler can append to it
+signals_received: list[float] = []  # when Ctrl-C or SIGTERM arrived; stops the loop
+NO_PARTITIONS = "none; the other members have them all, or topic, access or coordinator is missing"
+Batches = dict[TopicPartition, list[Any]]  # what a poll() returns: messages by partition
 
 
-def join(group: str) -> KafkaConsumer:
-    """A client that becomes a member of the group when it polls."""
+def create_consumer(group: str) -> KafkaConsumer:
+    """Return a connected client, which joins the group when it polls."""
     return connect(
         KafkaConsumer,
         bootstrap_servers=BOOTSTRAP_SERVERS,
-        client_id=log.name,  # tells the members of a group apart from outside
+        client_id=log.name,  # the member's name in `kafka.admin groups describe`
         group_id=group,
-        auto_offset_reset="earliest",  # where the group has committed nothing: from the start
-        enable_auto_commit=False,  # it would also commit what could not be shown
-        isolation_level="read_committed",  # no events of a transaction that was aborted
-        partition_assignment_strategy=[CooperativeStickyAssignor],  # move no more than needed
-        session_timeout_ms=10_000,  # a member that died is noticed after this
-        heartbeat_interval_ms=500,  # a member that came or left is noticed after this
-        metadata_max_age_ms=10_000,  # new partitions are noticed after this
-        fetch_max_bytes=2 * 1024 * 1024,  # what takes 30 s (request_timeout_ms) begins anew
-        fetch_max_wait_ms=100,  # so long a fetch of empty partitions alone holds up the others
-        max_poll_records=5_000,  # fewer commits while catching up
-        reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
-        **SECURITY,
+        auto_offset_reset="earliest",  # without a committed offset, start at the beginning
+        enable_auto_commit=False,  # it would also commit what has not been printed
+        isolation_level="read_committed",  # skip the events of aborted transactions
+        partition_assignment_strategy=[CooperativeStickyAssignor],  # reassign as few as possible
+        session_timeout_ms=10_000,  # after this, a crashed member's partitions are reassigned
+        heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
+        metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
+        fetch_max_bytes=2 * 1024 * 1024,  # a fetch arrives within 30 s on a line of 200 kB/s, too
+        fetch_max_wait_ms=100,  # an empty partition delays the others by at most this
+        max_poll_records=5_000,  # commit less often while catching up
+        reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
+        **SECURITY_SETTINGS,
     )
 
 
-def show_events(consumer: KafkaConsumer) -> None:
-    """Polls, shows what has come, and commits that, until told to stop."""
-    consumer.subscribe([TOPIC])
-    said, uncommitted, failures, started = None, False, 0, time.monotonic()
-    while not stopping:
-        try:
-            if failures:  # back to the last commit: a poll() that raised may have lost events
-                for partition in consumer.assignment():
-                    consumer.seek(partition, consumer.committed(partition, timeout_ms=5_000) or 0)
-            if consumer._coordinator.rebalance_in_progress():
-                consumer._coordinator.request_rejoin()  # or it forgets a long join: KAFKA-9815
-            polled = consumer.poll(timeout_ms=500)
-            failures = 0
-        except errors.CorruptRecordError as why:  # the next poll() would never end
-            sys.exit(f"--- cannot read the events: {why}")
-        except errors.KafkaError as error:
-            failures += 1
-            if failures == 3:  # most errors pass sooner
-                log.warning("cannot go on (%s); trying again", error)
-            time.sleep(0.5)
-            continue
-        held = sorted(partition for _, partition in consumer.assignment())
-        if held != said and (held or time.monotonic() > started + 3):  # to join takes a moment
-            said = held
-            log.info("partitions of %s: %s", TOPIC, ", ".join(map(str, held)) or NONE)
-        print_events(polled)
-        # Only now: a crash before this line shows these events again, and none is ever lost.
-        uncommitted = uncommitted or bool(polled)
-        try:
-            if uncommitted:
-                consumer.commit(timeout_ms=5_000)
-                uncommitted = False
-        except errors.CommitFailedError:  # frozen or cut off for 10 s, or held up for minutes
-            log.warning("the group went on without this one: the last events may be shown again")
-        except errors.KafkaError:
-            pass  # the next commit covers these events as well
+def consume(consumer: KafkaConsumer) -> None:
+    """Print the events and commit what has been printed, until a signal is received."""
+    assignment, committed = Assignment(consumer), True
+    consumer.subscribe([TOPIC], listener=assignment)
+    for batches in polls(consumer, lambda: rewind_to_committed(consumer)):
+        assignment.report_change()
+        print_events(batches)
+        # Commit only now: after a crash before this line, the events are printed again, not lost.
+        if batches or not committed:
+            committed = commit(consumer)
 
 
-def print_events(polled: Any) -> None:
-    for (_, partition), messages in polled.items():
+def print_events(batches: Batches) -> None:
+    for messages in batches.values():
         for message in messages:
-            place = f"partition={partition} offset={message.offset}"
-            print(f"{place} key={printable(message.key)} {printable(message.value)}")
+            position = f"partition={message.partition} offset={message.offset}"
+            print(f"{position} key={printable(message.key)} {printable(message.value)}")
     sys.stdout.flush()
 
 
 def printable(data: bytes | None) -> str:
-    """One line that cannot drive the terminal: what is not printable UTF-8 is escaped."""
+    """Return the data as one line of text that cannot control the terminal."""
     text = "null" if data is None else data.decode(errors="backslashreplace")
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# From here to main(), the same in all three scripts: what keeps them alive on a bad day.
-class BrokerNews(logging.Handler):
-    """Says which broker is gone, and when it is back, by what kafka-python 3.0.12 logs."""
+class Assignment(ConsumerRebalanceListener):
+    """The partitions that are assigned to this member of the group."""
 
-    addresses, gone = dict[Any, str](), set[str]()
+    def __init__(self, consumer: KafkaConsumer) -> None:
+        self.consumer = consumer
+        self.reported, self.last_change = False, time.monotonic()
+
+    def on_partitions_assigned(self, _: set[TopicPartition]) -> None:
+        self.reported, self.last_change = False, time.monotonic()
+
+    on_partitions_revoked = on_partitions_assigned
+
+    def report_change(self) -> None:
+        """Report the assignment once after each change, but having none only after 5 s."""
+        partitions = ", ".join(str(number) for _, number in sorted(self.consumer.assignment()))
+        if not self.reported and (partitions or time.monotonic() > self.last_change + 3):
+            self.reported = True
+            log.info("assigned partitions of %s: %s", TOPIC, partitions or NO_PARTITIONS)
+
+
+# Error handling, down to finish(). A reader may skip it, and delete it (see README.md).
+def commit(consumer: KafkaConsumer) -> bool:
+    """Commit the position in each partition; return False if that is to be tried again."""
+    try:
+        consumer.commit(timeout_ms=5_000)
+    except errors.CommitFailedError:  # after 10 s without a heartbeat, or 30 s without a poll()
+        log.warning("removed from the group; the last events may be printed again")
+    except errors.KafkaError:
+        return False
+    return True
+
+
+def rewind_to_committed(consumer: KafkaConsumer) -> None:
+    for partition in consumer.assignment():
+        consumer.seek(partition, consumer.committed(partition, timeout_ms=5_000) or 0)
+
+
+def polls(consumer: KafkaConsumer, rewind: Callable[[], None]) -> Iterator[Batches]:
+    """Yield what each poll() returns, until a signal is received; when Kafka fails, try again.
+
+    rewind() seeks back to the first event not handled yet: a poll() that raises may skip events.
+    """
+    failures = 0
+    while not signals_received:
+        try:
+            if failures:
+                rewind()
+            if consumer.group_metadata().state == MemberState.REBALANCING:
+                # Private, as nothing public does it. Without it, a member whose join takes longer
+                # than a poll() may stay without partitions (in the Java client: KAFKA-9815).
+                consumer._coordinator.request_rejoin()
+            batches = consumer.poll(timeout_ms=250)
+            failures = 0
+        except errors.CorruptRecordError as error:
+            sys.exit(f"--- cannot read events: {error}")  # poll() would raise it again, for ever
+        except errors.KafkaError as error:
+            failures += 1
+            if failures == 3:  # most errors pass sooner
+                log.warning("poll failed (%s); retrying", error)
+            time.sleep(0.5)
+        else:
+            yield batches
+
+
+class BrokerStatus(logging.Handler):
+    """Report unreachable brokers by what kafka-python logs: it has no public hook for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: dict[Any, str] = {}  # by node ID
+        self.unreachable: set[str] = set()  # addresses
 
     def emit(self, record: Any) -> None:
-        match record.msg, record.args:
-            case "Initializing connection for node_id %s at %s:%s (rack=%s)", (name, host, port, _):
-                self.addresses[name] = f"{host}:{port}"
-            case "%s: Connected", (node,) if self.addresses.get(node.node_id) in self.gone:
-                self.gone.remove(self.addresses[node.node_id])
-                log.info("connected to %s again", self.addresses[node.node_id])
-            case "%s: Connection lost: %s", (node, why):
-                address = self.addresses.get(node.node_id, "Kafka")
-                # One that is only slow to answer is not gone; if it is, connecting anew will tell.
-                slow = node.init_future.succeeded() and isinstance(why, errors.RequestTimedOutError)
-                if address not in self.gone and not slow:
-                    self.gone.add(address)
-                    log.warning("no connection to %s (%s); trying again", address, why)
+        # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
+        if record.msg == "Initializing connection for node_id %s at %s:%s (rack=%s)":
+            node_id, host, port, _ = record.args
+            self.addresses[node_id] = f"{host}:{port}"
+        elif record.msg == "%s: Connected":
+            address = self.addresses.get(record.args[0].node_id, "Kafka")
+            if address in self.unreachable:
+                self.unreachable.remove(address)
+                log.info("connected to %s", address)
+        elif record.msg == "%s: Connection lost: %s":
+            connection, error = record.args
+            address = self.addresses.get(connection.node_id, "Kafka")
+            ready = connection.init_future.succeeded()
+            if ready and isinstance(error, errors.RequestTimedOutError):
+                return  # slow, perhaps; if it is unreachable, the next connection fails
+            if address not in self.unreachable:
+                self.unreachable.add(address)
+                log.warning("no connection to %s (%s); retrying", address, error)
 
 
-def connect(client: Any, **settings: Any) -> Any:
-    """A connected client; without one in 10 s it ends the script with status 1."""
-    if sys.stdout is None:
-        sys.exit("--- no stdout to write to")
-    os.set_blocking(1, True)  # wait for a full pipe, also where a parent (ssh, node) does not
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # buffered, always
-    logging.getLogger("kafka").addHandler(BrokerNews())
+def connect(client_class: Any, **settings: Any) -> Any:
+    """Return a connected client; exit with status 1 if there is no connection within 10 s."""
+    os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
+    logging.getLogger("kafka").addHandler(BrokerStatus())
     logging.getLogger("kafka").propagate = False
-    # Each try takes one of several addresses, picked at random, which may be silent all the time.
+    # Each attempt picks one of several addresses at random, perhaps an unresponsive one.
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
         with contextlib.suppress(errors.KafkaTimeoutError):
-            return client(bootstrap_timeout_ms=seconds * 1_000, **settings)
-    sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}: docker compose up -d or python tests/broker.py")
+            return client_class(bootstrap_timeout_ms=seconds * 1_000, **settings)
+    hint = "docker compose up -d or python tests/broker.py"
+    sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}; {hint}")
+
+
+def finish(signum: int, _: Any) -> None:
+    """Let the loop finish the batch in hand."""
+    signals_received.append(time.monotonic())
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
     group = parser.parse_args().group
-    if not group.isprintable():  # nor are bytes that are not UTF-8
-        parser.error("--group: not a name")
+    if not group.isprintable():
+        parser.error("--group: the name is empty or not printable")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to finish yet
-    consumer = join(group)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish
+    consumer = create_consumer(group)
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, _: stopping.append(number))
+        signal.signal(signum, finish)
     try:
-        show_events(consumer)
-    except BrokenPipeError:  # | head has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
+        consume(consumer)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes what is left
     finally:
-        if stopping:
+        if signals_received:
             log.info("leaving the group")
-        consumer.close(timeout_ms=5_000)  # tells the group, so that others take over at once
+        consumer.close(timeout_ms=5_000)  # leaves the group: its partitions are reassigned at once
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Counts events by two of their fields, in the partitions that it holds, and shows that as JSON.
+"""Count each user's actions in the assigned partitions, and print the counts as JSON.
 
-python processor.py --group mine   in a group of its own it holds all partitions
+python processor.py --group mine   in a group of its own it is assigned all partitions
 """
 
 import contextlib
@@ -12,228 +12,301 @@ import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition, errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
-GROUP_ID = "event-watchers"  # of the readers
-# For a cluster that asks who you are: KAFKA_SECURITY_PROTOCOL, KAFKA_SASL_MECHANISM, … (README)
-NAMES = ["SECURITY_PROTOCOL", "SASL_MECHANISM", "SASL_PLAIN_USERNAME", "SASL_PLAIN_PASSWORD"]
-NAMES += ["SSL_CAFILE", "SSL_CERTFILE", "SSL_KEYFILE", "SSL_PASSWORD"]
-SECURITY = {n.lower(): os.environ[f"KAFKA_{n}"] for n in NAMES if f"KAFKA_{n}" in os.environ}
-NONE = "none yet: others of the group have them, or there is no topic, no right to it, or no group"
+GROUP_ID = "event-watchers"  # the consumer group of consumer.py and processor.py
+SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and so on (README)
+    name: os.environ[f"KAFKA_{name.upper()}"]
+    for name in (
+        *("security_protocol", "sasl_mechanism", "sasl_plain_username", "sasl_plain_password"),
+        *("ssl_cafile", "ssl_certfile", "ssl_keyfile", "ssl_password"),
+    )
+    if f"KAFKA_{name.upper()}" in os.environ
+}
 log = logging.getLogger("processor.py")
-stopping: list[int] = []  # not empty: told to stop; a signal handler can append to it
+signals_received: list[float] = []  # when Ctrl-C or SIGTERM arrived; stops the loop
+NO_PARTITIONS = "none; the other members have them all, or topic, access or coordinator is missing"
+Batches = dict[TopicPartition, list[Any]]  # what a poll() returns: messages by partition
 
 
-def join(group: str) -> KafkaConsumer:
-    """A client that becomes a member of the group when it polls."""
+def create_consumer(group: str) -> KafkaConsumer:
+    """Return a connected client, which joins the group when it polls."""
     return connect(
         KafkaConsumer,
         bootstrap_servers=BOOTSTRAP_SERVERS,
-        client_id=log.name,  # tells the members of a group apart from outside
+        client_id=log.name,  # the member's name in `kafka.admin groups describe`
         group_id=group,
-        auto_offset_reset="earliest",  # where events are gone: from the first that is left
-        enable_auto_commit=False,  # what it counts is still the consumers' to read
-        isolation_level="read_committed",  # no events of a transaction that was aborted
-        partition_assignment_strategy=[CooperativeStickyAssignor],  # move no more than needed
-        session_timeout_ms=10_000,  # a member that died is noticed after this
-        heartbeat_interval_ms=500,  # a member that came or left is noticed after this
-        metadata_max_age_ms=10_000,  # new partitions are noticed after this
-        fetch_max_bytes=2 * 1024 * 1024,  # what takes 30 s (request_timeout_ms) begins anew
-        fetch_max_wait_ms=100,  # so long a fetch of empty partitions alone holds up the others
-        max_poll_records=5_000,  # so many events are counted between two looks at the rest
-        reconnect_backoff_max_ms=1_000,  # be back a second after the broker, not half a minute
-        **SECURITY,
+        auto_offset_reset="earliest",  # if the first events are deleted, start with what is left
+        enable_auto_commit=False,  # what is counted here, the consumers are still to read
+        isolation_level="read_committed",  # skip the events of aborted transactions
+        partition_assignment_strategy=[CooperativeStickyAssignor],  # reassign as few as possible
+        session_timeout_ms=10_000,  # after this, a crashed member's partitions are reassigned
+        heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
+        metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
+        fetch_max_bytes=2 * 1024 * 1024,  # a fetch arrives within 30 s on a line of 200 kB/s, too
+        fetch_max_wait_ms=100,  # an empty partition delays the others by at most this
+        max_poll_records=5_000,  # this many events are counted between two reports
+        reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
+        **SECURITY_SETTINGS,
     )
 
 
-def what_counts(value: Any) -> tuple[str, str]:
-    """The two fields by which an event is counted; without them it raises what add() catches."""
+def process(consumer: KafkaConsumer, once: bool) -> None:
+    """Count the events and print snapshots, until a signal is received or, if `once`, just one."""
+    counts = Counts(consumer)
+    report = Report(consumer, counts)
+    consumer.subscribe([TOPIC], listener=counts)
+    for batches in polls(consumer, counts.rewind):
+        counts.add(batches)
+        report.report_assignment()
+        report.print_snapshot_if_due()
+        if once and report.snapshot:
+            break
+    report.print_snapshot()
+
+
+def user_and_action(value: Any) -> tuple[str, str]:
+    """Return the two fields by which an event is counted; raise what Counts.add() catches."""
     event = json.loads(value.decode())
-    who, what = event["user_id"], event["action"]
-    if not (isinstance(who, str) and isinstance(what, str)):
-        raise TypeError("what is counted must be a string")
-    return who, what
+    user_id, action = event["user_id"], event["action"]
+    if not (isinstance(user_id, str) and isinstance(action, str)):
+        raise TypeError("the fields that are counted must be strings")
+    return user_id, action
 
 
 @dataclass
-class Held:  # what there is to know of a partition that this processor holds
+class PartitionState:
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     next_offset: int = 0  # of the event to count next
-    goal: int | None = None  # where the log ended when the partition was given; None: not asked
+    end_offset: int | None = None  # the log end offset at assignment; None: not looked up yet
     malformed: int = 0
 
 
 class Counts(ConsumerRebalanceListener):
-    """The counts of each partition held, from its first event on: the log is their only state."""
+    """The counts of each assigned partition from its beginning: the log is their only state."""
 
     def __init__(self, consumer: KafkaConsumer) -> None:
         self.consumer = consumer
-        self.held: dict[TopicPartition, Held] = {}
-        self.last_malformed = ""  # where that was, and why; empty when it has been said
-
-    def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        for partition in revoked:
-            self.held.pop(partition, None)
+        self.partitions: dict[TopicPartition, PartitionState] = {}
+        self.last_rebalance = time.monotonic()
+        self.last_malformed = ""  # its position and what is wrong; empty once it is reported
 
     def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        for partition in assigned:  # those that it did not hold
-            self.held[partition] = Held()
-            self.consumer.seek(partition, 0)  # whatever the group has committed
+        self.last_rebalance = time.monotonic()
+        for partition in assigned:
+            self.partitions[partition] = PartitionState()
+            self.consumer.seek(partition, 0)  # wherever the group's committed offset is
 
-    def add(self, partition: TopicPartition, messages: list[Any]) -> None:
-        held = self.held[partition]
-        if messages[0].offset < held.next_offset:  # the topic was deleted and created anew
-            self.on_partitions_assigned({partition})
+    def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        self.last_rebalance = time.monotonic()
+        for partition in revoked:
+            self.partitions.pop(partition, None)
+
+    def add(self, batches: Batches) -> None:
+        for partition, messages in batches.items():
+            state = self.partitions[partition]
+            if messages[0].offset < state.next_offset:  # the topic was deleted and created again
+                self.on_partitions_assigned({partition})
+                continue
+            for message in messages:
+                try:
+                    state.counts[user_and_action(message.value)] += 1
+                except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+                    state.malformed += 1
+                    position = f"partition={message.partition} offset={message.offset}"
+                    self.last_malformed = f"{position}: {type(error).__name__}: {error}"
+            state.next_offset = messages[-1].offset + 1
+
+    def by_user(self) -> dict[str, Counter[str]]:
+        """Return how often each user did each action, in all assigned partitions."""
+        totals: dict[str, Counter[str]] = {}
+        for state in self.partitions.values():
+            for (user_id, action), count in state.counts.items():
+                totals.setdefault(user_id, Counter())[action] += count
+        return totals
+
+    def remaining(self) -> int | None:
+        """Return how many events of those that were in the log at assignment are not counted yet.
+
+        Return None while a log end offset cannot be looked up.
+        """
+        remaining = 0
+        with contextlib.suppress(errors.KafkaError):
+            for partition, state in self.partitions.items():
+                if state.end_offset is None:  # one by one: kafka-python fails for all if one does
+                    offsets = self.consumer.end_offsets([partition], timeout_ms=5_000)
+                    state.end_offset = offsets[partition]
+                # Unlike next_offset, the position moves on past deleted and aborted events.
+                position = self.consumer.position(partition, timeout_ms=0) or 0
+                remaining += max(0, state.end_offset - position)
+            return remaining
+        return None
+
+    def rewind(self) -> None:
+        for partition, state in self.partitions.items():
+            self.consumer.seek(partition, state.next_offset)
+
+
+class Report:
+    """What has been reported: the assignment and the last snapshot."""
+
+    def __init__(self, consumer: KafkaConsumer, counts: Counts) -> None:
+        self.consumer, self.counts = consumer, counts
+        self.last_rebalance = 0.0  # after which the assignment was reported
+        self.partial_assignment = ""  # the line that reported it; empty if it is all partitions
+        self.snapshot, self.next_snapshot = "", time.monotonic() + 1
+
+    def report_assignment(self) -> None:
+        """Report the assigned partitions if they have changed; none only if that lasts for 5 s."""
+        assigned = sorted(number for _, number in self.counts.partitions)
+        settled = assigned or time.monotonic() > self.counts.last_rebalance + 3
+        if self.last_rebalance == self.counts.last_rebalance or not settled:
             return
-        for message in messages:
-            try:
-                held.counts[what_counts(message.value)] += 1
-            except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as why:
-                held.malformed += 1
-                place = f"partition={message.partition} offset={message.offset}"
-                self.last_malformed = f"{place}: {type(why).__name__}: {why}"
-        held.next_offset = messages[-1].offset + 1
+        self.last_rebalance = self.counts.last_rebalance
+        numbers = ", ".join(map(str, assigned))
+        if assigned and len(assigned) == len(self.consumer.partitions_for_topic(TOPIC)):
+            self.partial_assignment = ""
+            log.info("counting partitions of %s: %s (all)", TOPIC, numbers)
+        else:
+            part = f"{numbers}; other members have the rest" if assigned else NO_PARTITIONS
+            self.partial_assignment = f"counting partitions of {TOPIC}: {part}"
+            self.partial_assignment += " (--group NAME counts all)"
+            log.info(self.partial_assignment)
 
-    def left(self) -> int:
-        """How many events are left to read of those that were there when partitions were given."""
-        left = 0
-        for partition, held in self.held.items():
-            if held.goal is None:
-                # One by one: of several, kafka-python 3.0.12 raises KeyError if one has no leader.
-                held.goal = self.consumer.end_offsets([partition], timeout_ms=5_000)[partition]
-            # position() is past the last event where others behind it are gone or aborted.
-            position = self.consumer.position(partition, timeout_ms=0) or 0
-            left += max(0, held.goal - position)
-        return left
+    def print_snapshot_if_due(self) -> None:
+        """Print the first snapshot as soon as the counts are whole, later ones once a second."""
+        started = time.monotonic()
+        if started >= self.next_snapshot or (not self.snapshot and self.counts.remaining() == 0):
+            self.print_snapshot()
+            # Print for at most a sixteenth of the time, but never pause for more than 30 s.
+            self.next_snapshot = started + min(30, max(1, 15 * (time.monotonic() - started)))
+
+    def print_snapshot(self) -> None:
+        """Print the counts if they have changed; while they are not whole, report progress."""
+        if self.counts.last_malformed:
+            number = sum(state.malformed for state in self.counts.partitions.values())
+            last = self.counts.last_malformed
+            log.warning("malformed events skipped: %d; last at %s", number, last)
+            self.counts.last_malformed = ""
+        remaining = self.counts.remaining()
+        if remaining is None:
+            log.info("catching up: a log end offset cannot be looked up yet")
+            return
+        if remaining > 0:
+            log.info("catching up: %s events to go", f"{remaining:,}")
+            return
+        snapshot = json.dumps(self.counts.by_user(), indent=2, sort_keys=True)
+        if snapshot != self.snapshot and (self.counts.partitions or self.snapshot):
+            self.snapshot = snapshot
+            print(snapshot, flush=True)
+            if self.partial_assignment and sys.stdout.isatty() and sys.stderr.isatty():
+                log.info(self.partial_assignment)  # the snapshot has scrolled it away
 
 
-def count_events(consumer: KafkaConsumer, once: bool) -> None:
-    """Polls, counts what has come, and reports, until told to stop or, `once`, having reported."""
-    counts, failures, last_round = Counts(consumer), 0, False
-    consumer.subscribe([TOPIC], listener=counts)  # told which partitions come and go
-    said, share, printed, next_report = None, "", "", time.monotonic() + 2
-    while not (last_round or (once and printed)):
-        last_round = bool(stopping)
+# Error handling, down to finish(). A reader may skip it, and delete it (see README.md).
+def polls(consumer: KafkaConsumer, rewind: Callable[[], None]) -> Iterator[Batches]:
+    """Yield what each poll() returns, until a signal is received; when Kafka fails, try again.
+
+    rewind() seeks back to the first event not handled yet: a poll() that raises may skip events.
+    """
+    failures = 0
+    while not signals_received:
         try:
-            if failures:  # back to what is counted: a poll() that raised may have lost events
-                for partition, known in counts.held.items():
-                    consumer.seek(partition, known.next_offset)
-            if consumer._coordinator.rebalance_in_progress():
-                consumer._coordinator.request_rejoin()  # or it forgets a long join: KAFKA-9815
-            for partition, messages in consumer.poll(timeout_ms=250).items():
-                counts.add(partition, messages)
-            left, now = counts.left(), time.monotonic()
-            held = sorted(partition for _, partition in consumer.assignment())
-            if held != said and (held or now > next_report):  # to join takes a moment
-                said, share = held, share_of(consumer, held)
-                log.info(share)
+            if failures:
+                rewind()
+            if consumer.group_metadata().state == MemberState.REBALANCING:
+                # Private, as nothing public does it. Without it, a member whose join takes longer
+                # than a poll() may stay without partitions (in the Java client: KAFKA-9815).
+                consumer._coordinator.request_rejoin()
+            batches = consumer.poll(timeout_ms=250)
             failures = 0
-        except errors.CorruptRecordError as why:  # the next poll() would never end
-            sys.exit(f"--- cannot read the events: {why}")
+        except errors.CorruptRecordError as error:
+            sys.exit(f"--- cannot read events: {error}")  # poll() would raise it again, for ever
         except errors.KafkaError as error:
             failures += 1
             if failures == 3:  # most errors pass sooner
-                log.warning("cannot go on (%s); trying again", error)
+                log.warning("poll failed (%s); retrying", error)
             time.sleep(0.5)
-            continue
-        first = not (left or printed)  # the first counts are shown as soon as they are whole
-        if (held or printed) and (first or last_round or now >= next_report):
-            printed = report(counts, left, printed, share)
-            next_report = now + min(30, max(1, 15 * (time.monotonic() - now)))  # 1/16 of its time
+        else:
+            yield batches
 
 
-def share_of(consumer: KafkaConsumer, held: list[int]) -> str:
-    """The line that says which partitions it counts, and if these are not all, how to count all."""
-    if held and len(held) == len(consumer.partitions_for_topic(TOPIC)):
-        return f"counting partitions of {TOPIC}: {', '.join(map(str, held))}: all"
-    mine = f"{', '.join(map(str, held))}; others of the group have the rest" if held else NONE
-    return f"counting partitions of {TOPIC}: {mine} (all: --group NAME)"
+class BrokerStatus(logging.Handler):
+    """Report unreachable brokers by what kafka-python logs: it has no public hook for them."""
 
-
-def report(counts: Counts, left: int, printed: str, share: str) -> str:
-    """Shows the counts, if they are whole and not those `printed` last; returns the last shown."""
-    if counts.last_malformed:
-        number = sum(held.malformed for held in counts.held.values())
-        log.warning("malformed events skipped: %d, the last at %s", number, counts.last_malformed)
-        counts.last_malformed = ""
-    if left:
-        log.info("%s events still to read", f"{left:,}")
-        return printed
-    total: dict[str, Counter[str]] = {}
-    for held in counts.held.values():
-        for (who, what), number in held.counts.items():
-            total.setdefault(who, Counter())[what] += number
-    text = json.dumps(total, indent=2, sort_keys=True)  # escapes what could drive the terminal
-    if text != printed:
-        print(text, flush=True)
-        if "--group" in share and sys.stdout.isatty() and sys.stderr.isatty():
-            log.info(share)  # the counts have scrolled it away
-    return text
-
-
-# From here to main(), the same in all three scripts: what keeps them alive on a bad day.
-class BrokerNews(logging.Handler):
-    """Says which broker is gone, and when it is back, by what kafka-python 3.0.12 logs."""
-
-    addresses, gone = dict[Any, str](), set[str]()
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: dict[Any, str] = {}  # by node ID
+        self.unreachable: set[str] = set()  # addresses
 
     def emit(self, record: Any) -> None:
-        match record.msg, record.args:
-            case "Initializing connection for node_id %s at %s:%s (rack=%s)", (name, host, port, _):
-                self.addresses[name] = f"{host}:{port}"
-            case "%s: Connected", (node,) if self.addresses.get(node.node_id) in self.gone:
-                self.gone.remove(self.addresses[node.node_id])
-                log.info("connected to %s again", self.addresses[node.node_id])
-            case "%s: Connection lost: %s", (node, why):
-                address = self.addresses.get(node.node_id, "Kafka")
-                # One that is only slow to answer is not gone; if it is, connecting anew will tell.
-                slow = node.init_future.succeeded() and isinstance(why, errors.RequestTimedOutError)
-                if address not in self.gone and not slow:
-                    self.gone.add(address)
-                    log.warning("no connection to %s (%s); trying again", address, why)
+        # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
+        if record.msg == "Initializing connection for node_id %s at %s:%s (rack=%s)":
+            node_id, host, port, _ = record.args
+            self.addresses[node_id] = f"{host}:{port}"
+        elif record.msg == "%s: Connected":
+            address = self.addresses.get(record.args[0].node_id, "Kafka")
+            if address in self.unreachable:
+                self.unreachable.remove(address)
+                log.info("connected to %s", address)
+        elif record.msg == "%s: Connection lost: %s":
+            connection, error = record.args
+            address = self.addresses.get(connection.node_id, "Kafka")
+            ready = connection.init_future.succeeded()
+            if ready and isinstance(error, errors.RequestTimedOutError):
+                return  # slow, perhaps; if it is unreachable, the next connection fails
+            if address not in self.unreachable:
+                self.unreachable.add(address)
+                log.warning("no connection to %s (%s); retrying", address, error)
 
 
-def connect(client: Any, **settings: Any) -> Any:
-    """A connected client; without one in 10 s it ends the script with status 1."""
-    if sys.stdout is None:
-        sys.exit("--- no stdout to write to")
-    os.set_blocking(1, True)  # wait for a full pipe, also where a parent (ssh, node) does not
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # buffered, always
-    logging.getLogger("kafka").addHandler(BrokerNews())
+def connect(client_class: Any, **settings: Any) -> Any:
+    """Return a connected client; exit with status 1 if there is no connection within 10 s."""
+    os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
+    logging.getLogger("kafka").addHandler(BrokerStatus())
     logging.getLogger("kafka").propagate = False
-    # Each try takes one of several addresses, picked at random, which may be silent all the time.
+    # Each attempt picks one of several addresses at random, perhaps an unresponsive one.
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
         with contextlib.suppress(errors.KafkaTimeoutError):
-            return client(bootstrap_timeout_ms=seconds * 1_000, **settings)
-    sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}: docker compose up -d or python tests/broker.py")
+            return client_class(bootstrap_timeout_ms=seconds * 1_000, **settings)
+    hint = "docker compose up -d or python tests/broker.py"
+    sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}; {hint}")
+
+
+def finish(signum: int, _: Any) -> None:
+    """Let the loop finish the batch in hand."""
+    signals_received.append(time.monotonic())
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
-    parser.add_argument("--once", action="store_true", help="show the counts once, and end")
+    parser.add_argument("--once", action="store_true", help="exit after the first snapshot")
     options = parser.parse_args()
-    if not options.group.isprintable():  # nor are bytes that are not UTF-8
-        parser.error("--group: not a name")
+    if not options.group.isprintable():
+        parser.error("--group: the name is empty or not printable")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to finish yet
-    consumer = join(options.group)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish
+    consumer = create_consumer(options.group)
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, _: stopping.append(number))
+        signal.signal(signum, finish)
     try:
-        count_events(consumer, options.once)
-    except BrokenPipeError:  # | head has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
+        process(consumer, options.once)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes what is left
     finally:
-        if stopping:
+        if signals_received:
             log.info("leaving the group")
-        consumer.close(timeout_ms=5_000)  # tells the group, so that others take over at once
+        consumer.close(timeout_ms=5_000)  # leaves the group: its partitions are reassigned at once
 
 
 if __name__ == "__main__":
