@@ -50,6 +50,7 @@ def create_consumer(group: str) -> KafkaConsumer:
         partition_assignment_strategy=[CooperativeStickyAssignor],  # reassign as few as possible
         session_timeout_ms=10_000,  # after this, a crashed member's partitions are reassigned
         heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
+        max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
         metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
         fetch_max_bytes=2 * 1024 * 1024,  # a fetch arrives within 30 s on a line of 200 kB/s, too
         fetch_max_wait_ms=100,  # an empty partition delays the others by at most this
