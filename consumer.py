@@ -100,7 +100,7 @@ class Assignment(ConsumerRebalanceListener):
     def report_change(self) -> None:
         """Report the assignment once after each change, but having none only after 5 s."""
         partitions = ", ".join(str(number) for _, number in sorted(self.consumer.assignment()))
-        if not self.reported and (partitions or time.monotonic() > self.last_change + 3):
+        if not self.reported and (partitions or time.monotonic() > self.last_change + 5):
             self.reported = True
             log.info("assigned partitions of %s: %s", TOPIC, partitions or NO_PARTITIONS)
 

@@ -168,7 +168,7 @@ class Report:
     def report_assignment(self) -> None:
         """Report the assigned partitions if they have changed; none only if that lasts for 5 s."""
         assigned = sorted(number for _, number in self.counts.partitions)
-        settled = assigned or time.monotonic() > self.counts.last_rebalance + 3
+        settled = assigned or time.monotonic() > self.counts.last_rebalance + 5
         if self.last_rebalance == self.counts.last_rebalance or not settled:
             return
         self.last_rebalance = self.counts.last_rebalance
