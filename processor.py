@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import ssl
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -246,7 +247,7 @@ class BrokerStatus(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.addresses: dict[Any, str] = {}  # by node ID
-        self.unreachable: set[str] = set()  # addresses
+        self.unreachable: dict[str, bool] = {}  # by address; True if the login has failed
 
     def emit(self, record: Any) -> None:
         # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
@@ -255,8 +256,7 @@ class BrokerStatus(logging.Handler):
             self.addresses[node_id] = f"{host}:{port}"
         elif record.msg == "%s: Connected":
             address = self.addresses.get(record.args[0].node_id, "Kafka")
-            if address in self.unreachable:
-                self.unreachable.remove(address)
+            if self.unreachable.pop(address, None) is not None:
                 log.info("connected to %s", address)
         elif record.msg == "%s: Connection lost: %s":
             connection, error = record.args
@@ -264,9 +264,12 @@ class BrokerStatus(logging.Handler):
             ready = connection.init_future.succeeded()
             if ready and isinstance(error, errors.RequestTimedOutError):
                 return  # slow, perhaps; if it is unreachable, the next connection fails
-            if address not in self.unreachable:
-                self.unreachable.add(address)
-                log.warning("no connection to %s (%s); retrying", address, error)
+            at_login = isinstance(error.__context__, ssl.SSLError)  # in the TLS handshake
+            at_login = at_login or bool(SECURITY_SETTINGS and connection.parser and not ready)
+            if address not in self.unreachable or (at_login and not self.unreachable[address]):
+                self.unreachable[address] = at_login
+                reason = f"during login: {error}" if at_login else error
+                log.warning("no connection to %s (%s); retrying", address, reason)
 
 
 def connect(client_class: Any, **settings: Any) -> Any:
@@ -279,7 +282,9 @@ def connect(client_class: Any, **settings: Any) -> Any:
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
         with contextlib.suppress(errors.KafkaTimeoutError):
             return client_class(bootstrap_timeout_ms=seconds * 1_000, **settings)
-    hint = "docker compose up -d or python tests/broker.py"
+    hint = "to start one, in the project's folder: docker compose up -d or python tests/broker.py"
+    if SECURITY_SETTINGS:
+        hint = "with " + ", ".join(f"KAFKA_{name.upper()}" for name in SECURITY_SETTINGS)
     sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}; {hint}")
 
 
