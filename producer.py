@@ -139,6 +139,8 @@ class Deliveries:
 
     def wait_for_pending(self, seconds: int) -> None:
         """Wait until no event is pending, but not for longer than that."""
+        if self.pending:
+            log.info("waiting up to %d s for %d acknowledgements", seconds, len(self.pending))
         deadline = time.monotonic() + seconds
         while self.pending and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -194,8 +196,12 @@ def connect(client_class: Any, **settings: Any) -> Any:
 
 
 def finish(signum: int, _: Any) -> None:
-    """Let the loop finish the batch in hand."""
-    signals_received.append(time.monotonic())
+    """Let the loop finish the batch in hand. A second Ctrl-C exits at once."""
+    now = time.monotonic()
+    if signals_received and now > signals_received[0] + 0.5:  # timeout(1) sends two at once
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
+    signals_received.append(now)
 
 
 def main() -> None:
