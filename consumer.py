@@ -210,7 +210,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
     group = parser.parse_args().group
-    if not group.isprintable():
+    if not (group and group.isprintable()):
         parser.error("--group: the name is empty or not printable")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish

@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="exit after the first snapshot")
     options = parser.parse_args()
-    if not options.group.isprintable():
+    if not (options.group and options.group.isprintable()):
         parser.error("--group: the name is empty or not printable")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish

@@ -211,6 +211,8 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="do not print the events")
     options = parser.parse_args()
     count = math.inf if options.count is None else options.count
+    if count < 0 or not 0 <= options.interval < math.inf:
+        parser.error("N and SECONDS must be finite and not negative")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish
     producer, deliveries = create_producer(), Deliveries(options.quiet)
