@@ -83,6 +83,7 @@ def produce(producer: KafkaProducer, events: "Deliveries", count: float, interva
 
 
 class Pending(NamedTuple):
+    sent_at: float  # by time.monotonic()
     key: str
     value: str
     future: Any  # from kafka-python: will hold the event's partition and offset, or the error
@@ -95,13 +96,13 @@ class Deliveries:
         self.quiet = quiet
         self.pending: list[Pending] = []  # in the order in which they were sent
         self.delivered = self.failed = 0
-        self.last_progress = time.monotonic()
+        self.last_warning = 0.0  # by time.monotonic()
 
     def send(self, producer: KafkaProducer, event: dict[str, Any]) -> None:
         key, value = str(event["user_id"]), json.dumps(event)
         try:
             future = producer.send(TOPIC, key=key.encode(), value=value.encode())
-            self.pending.append(Pending(key, value, future))
+            self.pending.append(Pending(time.monotonic(), key, value, future))
         except (errors.KafkaError, ValueError) as error:  # the topic was deleted, for example
             self.failed += 1
             log.error("delivery failed: %s", error)
@@ -121,8 +122,6 @@ class Deliveries:
                 position = f"partition={sent.partition} offset={sent.offset}"
                 lines.append(f"{position} key={event.key} {event.value}\n")
         self.delivered += len(lines)
-        if lines or not self.pending:
-            self.last_progress = time.monotonic()
         self.warn_if_overdue()
         try:
             sys.stdout.writelines(() if self.quiet else lines)
@@ -132,10 +131,11 @@ class Deliveries:
             signals_received.append(time.monotonic())
 
     def warn_if_overdue(self) -> None:
-        """Report once that no pending event has been acknowledged for 5 s."""
-        if time.monotonic() > self.last_progress + 5:
-            log.warning("nothing acknowledged for 5 s; %d events pending", len(self.pending))
-            self.last_progress = math.inf  # until one is acknowledged
+        """Report pending events once the oldest has waited for 5 s; report each event once only."""
+        now = time.monotonic()
+        if self.pending and self.last_warning < self.pending[0].sent_at < now - 5:
+            self.last_warning = now
+            log.warning("oldest event unacknowledged for 5 s; %d events pending", len(self.pending))
 
     def wait_for_pending(self, seconds: int) -> None:
         """Wait until no event is pending, but not for longer than that."""
