@@ -62,7 +62,7 @@ def consume(consumer: KafkaConsumer) -> None:
     """Print the events and commit what has been printed, until a signal is received."""
     assignment, committed = Assignment(consumer), True
     consumer.subscribe([TOPIC], listener=assignment)
-    for batches in polls(consumer, lambda: rewind_to_committed(consumer)):
+    for batches in polls(consumer, assignment.rewind):
         assignment.report_change()
         print_events(batches)
         # Commit only now: after a crash before this line, the events are printed again, not lost.
@@ -105,6 +105,11 @@ class Assignment(ConsumerRebalanceListener):
             self.reported = True
             log.info("assigned partitions of %s: %s", TOPIC, partitions or NO_PARTITIONS)
 
+    def rewind(self) -> None:
+        """Seek to the committed offset in each partition."""
+        for partition in self.consumer.assignment():
+            self.consumer.seek(partition, self.consumer.committed(partition, timeout_ms=5_000) or 0)
+
 
 # Error handling, down to finish(). A reader may skip it, and delete it (see README.md).
 def commit(consumer: KafkaConsumer) -> bool:
@@ -116,11 +121,6 @@ def commit(consumer: KafkaConsumer) -> bool:
     except errors.KafkaError:
         return False
     return True
-
-
-def rewind_to_committed(consumer: KafkaConsumer) -> None:
-    for partition in consumer.assignment():
-        consumer.seek(partition, consumer.committed(partition, timeout_ms=5_000) or 0)
 
 
 def polls(consumer: KafkaConsumer, rewind: Callable[[], None]) -> Iterator[Batches]:
@@ -191,10 +191,11 @@ def connect(client_class: Any, **settings: Any) -> Any:
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
         with contextlib.suppress(errors.KafkaTimeoutError):
             return client_class(bootstrap_timeout_ms=seconds * 1_000, **settings)
-    hint = "to start one, in the project's folder: docker compose up -d or python tests/broker.py"
     if SECURITY_SETTINGS:
-        hint = "with " + ", ".join(f"KAFKA_{name.upper()}" for name in SECURITY_SETTINGS)
-    sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}; {hint}")
+        names = ", ".join(f"KAFKA_{name.upper()}" for name in SECURITY_SETTINGS)
+        sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS} accepts these settings: {names}")
+    start = "docker compose up -d or python tests/broker.py in the folder kafka-practice"
+    sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS}; start one with {start}")
 
 
 def finish(signum: int, _: Any) -> None:

@@ -153,6 +153,7 @@ class Counts(ConsumerRebalanceListener):
         return None
 
     def rewind(self) -> None:
+        """Seek to the next event to count in each partition."""
         for partition, state in self.partitions.items():
             self.consumer.seek(partition, state.next_offset)
 
@@ -282,10 +283,11 @@ def connect(client_class: Any, **settings: Any) -> Any:
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
         with contextlib.suppress(errors.KafkaTimeoutError):
             return client_class(bootstrap_timeout_ms=seconds * 1_000, **settings)
-    hint = "to start one, in the project's folder: docker compose up -d or python tests/broker.py"
     if SECURITY_SETTINGS:
-        hint = "with " + ", ".join(f"KAFKA_{name.upper()}" for name in SECURITY_SETTINGS)
-    sys.exit(f"--- no Kafka at {BOOTSTRAP_SERVERS}; {hint}")
+        names = ", ".join(f"KAFKA_{name.upper()}" for name in SECURITY_SETTINGS)
+        sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS} accepts these settings: {names}")
+    start = "docker compose up -d or python tests/broker.py in the folder kafka-practice"
+    sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS}; start one with {start}")
 
 
 def finish(signum: int, _: Any) -> None:
