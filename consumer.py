@@ -35,10 +35,9 @@ NO_PARTITIONS = "none; the other members have them all, or topic, access or coor
 Batches = dict[TopicPartition, list[Any]]  # what a poll() returns: messages by partition
 
 
-def create_consumer(group: str) -> KafkaConsumer:
+def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
     """Return a connected client, which joins the group when it polls."""
-    return connect(
-        KafkaConsumer,
+    return KafkaConsumer(
         bootstrap_servers=BOOTSTRAP_SERVERS,
         client_id=log.name,  # the member's name in `kafka.admin groups describe`
         group_id=group,
@@ -55,6 +54,7 @@ def create_consumer(group: str) -> KafkaConsumer:
         max_poll_records=5_000,  # commit less often while catching up
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
         **SECURITY_SETTINGS,
+        **settings,
     )
 
 
@@ -181,7 +181,7 @@ class BrokerStatus(logging.Handler):
                 log.warning("no connection to %s (%s); retrying", address, reason)
 
 
-def connect(client_class: Any, **settings: Any) -> Any:
+def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
     """Return a connected client; exit with status 1 if there is no connection within 10 s."""
     os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
@@ -190,7 +190,7 @@ def connect(client_class: Any, **settings: Any) -> Any:
     # Each attempt picks one of several addresses at random, perhaps an unresponsive one.
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
         with contextlib.suppress(errors.KafkaTimeoutError):
-            return client_class(bootstrap_timeout_ms=seconds * 1_000, **settings)
+            return create_client(*arguments, bootstrap_timeout_ms=seconds * 1_000)
     if SECURITY_SETTINGS:
         names = ", ".join(f"KAFKA_{name.upper()}" for name in SECURITY_SETTINGS)
         sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS} accepts these settings: {names}")
@@ -215,7 +215,7 @@ def main() -> None:
         parser.error("--group: the name is empty or not printable")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish
-    consumer = create_consumer(group)
+    consumer = connect(create_consumer, group)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, finish)
     try:

@@ -17,6 +17,7 @@ import sys
 import time
 import uuid
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
@@ -49,10 +50,9 @@ def random_event() -> dict[str, Any]:
     }
 
 
-def create_producer() -> KafkaProducer:
+def create_producer(**settings: Any) -> KafkaProducer:
     """Return a connected client; exit with status 1 if there is no topic within 15 s."""
-    producer = connect(
-        KafkaProducer,
+    producer = KafkaProducer(
         bootstrap_servers=BOOTSTRAP_SERVERS,
         client_id=log.name,  # the client's name in the broker's log and metrics
         acks="all",  # an acknowledged event is on all in-sync replicas, not on one broker alone
@@ -61,6 +61,7 @@ def create_producer() -> KafkaProducer:
         max_block_ms=5_000,  # send() waits for the topic at most this long, and so does Ctrl-C
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
         **SECURITY_SETTINGS,
+        **settings,
     )
     for _ in range(3):
         with contextlib.suppress(errors.KafkaError):
@@ -179,7 +180,7 @@ class BrokerStatus(logging.Handler):
                 log.warning("no connection to %s (%s); retrying", address, reason)
 
 
-def connect(client_class: Any, **settings: Any) -> Any:
+def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
     """Return a connected client; exit with status 1 if there is no connection within 10 s."""
     os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
@@ -188,7 +189,7 @@ def connect(client_class: Any, **settings: Any) -> Any:
     # Each attempt picks one of several addresses at random, perhaps an unresponsive one.
     for seconds in (1, 1, 1, 1, 2, 4) if "," in BOOTSTRAP_SERVERS else (10,):
         with contextlib.suppress(errors.KafkaTimeoutError):
-            return client_class(bootstrap_timeout_ms=seconds * 1_000, **settings)
+            return create_client(*arguments, bootstrap_timeout_ms=seconds * 1_000)
     if SECURITY_SETTINGS:
         names = ", ".join(f"KAFKA_{name.upper()}" for name in SECURITY_SETTINGS)
         sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS} accepts these settings: {names}")
@@ -216,7 +217,8 @@ def main() -> None:
         parser.error("N and SECONDS must be finite and not negative")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish
-    producer, deliveries = create_producer(), Deliveries(options.quiet)
+    producer = connect(create_producer)
+    deliveries = Deliveries(options.quiet)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, finish)
     try:
@@ -226,7 +228,7 @@ def main() -> None:
         failed = deliveries.failed + len(deliveries.pending)  # the latter may be in the log
         log.info("%d delivered, %d failed", deliveries.delivered, failed)
     if failed:
-        os._exit(1)  # close() would raise a KafkaTimeoutError
+        os._exit(1)  # close() would take a second more, then raise a KafkaTimeoutError
     producer.close(timeout=5)
 
 
