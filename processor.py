@@ -72,7 +72,7 @@ def process(consumer: KafkaConsumer, once: bool) -> None:
         report.print_snapshot_if_due()
         if once and report.snapshot:
             break
-    report.print_snapshot()
+    report.print_snapshot(counts.remaining())
 
 
 def user_and_action(value: Any) -> tuple[str, str]:
@@ -186,20 +186,19 @@ class Report:
 
     def print_snapshot_if_due(self) -> None:
         """Print the first snapshot as soon as the counts are whole, later ones once a second."""
-        started = time.monotonic()
-        if started >= self.next_snapshot or (not self.snapshot and self.counts.remaining() == 0):
-            self.print_snapshot()
+        remaining, started = self.counts.remaining(), time.monotonic()
+        if started >= self.next_snapshot or (remaining == 0 and not self.snapshot):
+            self.print_snapshot(remaining)
             # Print for at most a sixteenth of the time, but never pause for more than 30 s.
             self.next_snapshot = started + min(30, max(1, 15 * (time.monotonic() - started)))
 
-    def print_snapshot(self) -> None:
-        """Print the counts if they have changed; while they are not whole, report progress."""
+    def print_snapshot(self, remaining: int | None) -> None:
+        """Print the counts if they are whole and have changed; else report what remains."""
         if self.counts.last_malformed:
             number = sum(state.malformed for state in self.counts.partitions.values())
             last = self.counts.last_malformed
             log.warning("malformed events skipped: %d; last at %s", number, last)
             self.counts.last_malformed = ""
-        remaining = self.counts.remaining()
         if remaining is None:
             log.info("catching up: a log end offset cannot be looked up yet")
             return

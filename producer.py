@@ -138,10 +138,8 @@ class Deliveries:
             self.last_warning = now
             log.warning("oldest event unacknowledged for 5 s; %d events pending", len(self.pending))
 
-    def wait_for_pending(self, seconds: int) -> None:
+    def wait(self, seconds: float) -> None:
         """Wait until no event is pending, but not for longer than that."""
-        if self.pending:
-            log.info("waiting up to %d s for %d acknowledgements", seconds, len(self.pending))
         deadline = time.monotonic() + seconds
         while self.pending and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -224,7 +222,10 @@ def main() -> None:
     try:
         produce(producer, deliveries, count, options.interval)
     finally:
-        deliveries.wait_for_pending(seconds=10)
+        deliveries.wait(1)
+        if deliveries.pending:
+            log.info("waiting up to 9 s for %d more acknowledgements", len(deliveries.pending))
+            deliveries.wait(9)
         failed = deliveries.failed + len(deliveries.pending)  # the latter may be in the log
         log.info("%d delivered, %d failed", deliveries.delivered, failed)
     if failed:
