@@ -97,7 +97,7 @@ class Deliveries:
         self.quiet = quiet
         self.pending: list[Pending] = []  # in the order in which they were sent
         self.delivered = self.failed = 0
-        self.last_warning = 0.0  # by time.monotonic()
+        self.overdue = False
 
     def send(self, producer: KafkaProducer, event: dict[str, Any]) -> None:
         key, value = str(event["user_id"]), json.dumps(event)
@@ -132,10 +132,10 @@ class Deliveries:
             signals_received.append(time.monotonic())
 
     def warn_if_overdue(self) -> None:
-        """Report pending events once the oldest has waited for 5 s; report each event once only."""
-        now = time.monotonic()
-        if self.pending and self.last_warning < self.pending[0].sent_at < now - 5:
-            self.last_warning = now
+        """Report that the oldest pending event has waited for 5 s; again only after a recovery."""
+        was_overdue = self.overdue
+        self.overdue = bool(self.pending) and time.monotonic() > self.pending[0].sent_at + 5
+        if self.overdue and not was_overdue:
             log.warning("oldest event unacknowledged for 5 s; %d events pending", len(self.pending))
 
     def wait(self, seconds: float) -> None:
