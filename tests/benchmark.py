@@ -23,7 +23,8 @@ from typing import IO
 from uuid import uuid4
 
 from broker import ROOT, Broker, Cluster, free_port
-from harness import Witness, event
+from events import event
+from witness import Witness
 
 HEAD = """
 import collections, json, os, sys, uuid
@@ -157,7 +158,7 @@ def scripts(address: str, events: int, peers: bool) -> None:
     number, witness = str(events), Witness(address)
 
     def produce(*arguments: str) -> Run:
-        witness.clean()
+        witness.delete_everything()
         return timed(address, *arguments, number)
 
     writing = {
@@ -187,8 +188,8 @@ def fill(address: str, events: int, users: int, anew: bool = True) -> None:
     """Writes so many events of so many users; anew: the topic holds no others."""
     witness = Witness(address)
     if anew:
-        witness.clean()
-        witness.create(3)
+        witness.delete_everything()
+        witness.create_topic(3)
     witness.write((n % 3, b"key", event(f"user {n % users}", "view")) for n in range(events))
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from broker import ROOT, Cluster, free_port, version
-from harness import PATIENCE, Script, Start, Witness, event, produce, until
+from events import event
+from scripts import TIMEOUT, Script, Start, send_events, wait_until
+from witness import Witness
 
 # Runs the program on the port given first, with its data under the folder given second.
 PROGRAM = f"""
@@ -32,14 +34,14 @@ def test_it_serves_until_ctrl_c_and_keeps_the_events(start: Start, tmp_path: Pat
     port = free_port()
     for run in range(2):
         broker = program(start, port, tmp_path)
-        until(lambda: "ready" in broker.out, "it says that it is ready")
+        wait_until(lambda: "ready" in broker.out, "it says that it is ready")
         assert f"localhost:{port}" in broker.out
         assert "Ctrl-C" in broker.out
         witness = Witness(f"localhost:{port}")
         if run == 0:
-            witness.create(3)
+            witness.create_topic(3)
             witness.write([(0, b"key", event())] * 5)
-        assert len(witness.log()) == 5
+        assert len(witness.messages()) == 5
         assert broker.stop(signal.SIGINT if run == 0 else signal.SIGTERM) == 0
         assert broker.err == ""
         assert broker.lines[-1] == "stopping Kafka"
@@ -71,15 +73,15 @@ def test_three_brokers_on_the_usual_ports_name_their_own(tmp_path: Path) -> None
 def test_three_brokers_until_ctrl_c_of_which_one_is_killed(start: Start, tmp_path: Path) -> None:
     port = free_port(3)
     brokers = program(start, port, tmp_path, "--brokers", "3")
-    until(lambda: "Ctrl-C stops all" in brokers.out, "they are ready", 2 * PATIENCE)
+    wait_until(lambda: "Ctrl-C stops all" in brokers.out, "they are ready", 2 * TIMEOUT)
     addresses = [f"localhost:{port + number}" for number in range(3)]
     assert f"    export KAFKA_BOOTSTRAP_SERVERS={','.join(addresses)}" in brokers.lines
     kills = re.findall(r"^    kill -9 (\d+)  # (localhost:\d+)$", brokers.out, re.MULTILINE)
     assert [address for _, address in kills] == addresses
-    produce(start, 10, address=addresses[0])
+    send_events(start, 10, address=addresses[0])
     os.kill(int(kills[1][0]), signal.SIGKILL)
-    until(lambda: f"the broker on {addresses[1]} has ended" in brokers.out, "it says so")
-    running = [process for process in brokers.tree() if process.pid != brokers.process.pid]
+    wait_until(lambda: f"the broker on {addresses[1]} has ended" in brokers.out, "it says so")
+    running = [process for process in brokers.processes() if process.pid != brokers.process.pid]
     assert len(running) == 2
     assert brokers.stop() == 0
     assert brokers.lines[-1] == "stopping Kafka"

@@ -1,4 +1,4 @@
-"""docker-compose.yml: as far as it goes without Docker, and for real where an engine answers."""
+"""docker-compose.yml: what can be checked without Docker, and the main job where it runs."""
 
 import os
 import subprocess
@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import yaml
 from broker import PORT, ROOT, is_open
-from harness import Start, Witness, main_job
+from scripts import Start
+from witness import Witness, run_pipeline
 
 ADDRESS = f"localhost:{PORT}"
 
 
-def test_the_broker_is_for_this_machine_only_and_keeps_its_events() -> None:
+def test_the_broker_listens_on_loopback_and_keeps_its_events() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     [service] = compose["services"].values()
     assert service["ports"] == ["127.0.0.1:9092:9092"]
@@ -24,7 +25,7 @@ def test_the_broker_is_for_this_machine_only_and_keeps_its_events() -> None:
 
 @pytest.fixture
 def compose() -> Iterator[Callable[..., None]]:
-    """compose("up", "-d"): runs docker compose, under a project name of the test's own."""
+    """compose("up", "-d") runs docker compose, with a project name of its own."""
     try:
         subprocess.run(["docker", "compose", "ls"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
@@ -41,12 +42,12 @@ def compose() -> Iterator[Callable[..., None]]:
 
 
 @pytest.mark.xdist_group("port 9092")
-def test_the_main_job_on_the_compose_files_broker(
+def test_the_main_job_works_with_docker_and_events_are_kept(
     compose: Callable[..., None], start: Start
 ) -> None:
     compose("up", "-d", "--wait")
-    main_job(start, Witness(ADDRESS), address=ADDRESS)
-    log = Witness(ADDRESS).log()
+    run_pipeline(start, Witness(ADDRESS), address=ADDRESS)
+    messages = Witness(ADDRESS).messages()
     compose("down")
     compose("up", "-d", "--wait")
-    assert Witness(ADDRESS).log() == log
+    assert Witness(ADDRESS).messages() == messages

@@ -1,4 +1,4 @@
-"""A Kafka that asks who you are: the main job on it, and what a person reads when it fails."""
+"""A secured cluster: the main job on it, and what the scripts report when they are rejected."""
 
 import functools
 import itertools
@@ -10,44 +10,45 @@ from pathlib import Path
 import pytest
 import trustme
 from broker import Broker, free_port
-from confluent_kafka.admin._acl import AclBinding, AclOperation, AclPermissionType
-from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
-from confluent_kafka.admin._scram import (
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    ResourcePatternType,
+    ResourceType,
     ScramCredentialInfo,
     ScramMechanism,
     UserScramCredentialUpsertion,
 )
-from conftest import CHEAP
+from conftest import RESTARTED_BROKER
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
     load_pem_private_key,
 )
-from harness import (
-    GROUP,
+from events import event
+from scripts import (
+    MISSING_TOPIC,
+    NO_PARTITIONS,
     SCRIPTS,
-    TOPIC,
-    Proxy,
     Start,
-    Witness,
-    assert_plain,
-    event,
-    main_job,
-    produce,
-    until,
+    assert_few_plain_lines,
+    send_events,
+    wait_until,
 )
+from witness import GROUP_ID, TOPIC, Witness, run_pipeline
 
-pytestmark = pytest.mark.xdist_group("secured")  # one worker, and so one broker
+pytestmark = pytest.mark.xdist_group("secured")  # one process, and so one broker
 PASSWORD = "correct-horse"
 NOHOST = "NOHOST://no.such.host.invalid:9092"
 PLAIN_USERS = f'user_plain="{PASSWORD}" user_nobody="{PASSWORD}"'
 
 
 class SecuredBroker:
-    """A broker with four doors: open, SASL, SASL over TLS, and TLS with client certificates.
+    """A broker with listeners for plain text, SASL over TLS, and TLS with client certificates.
 
-    Behind one more it names itself at an address that is of no use here, a common mistake.
+    Another listener advertises a host name that does not exist, a common mistake.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,35 +58,27 @@ class SecuredBroker:
         trustme.CA().cert_pem.write_to_path(folder / "stranger.pem")
         self.write_pem("server", "localhost")
         self.write_pem("client", "client.example")
-        names = ("PLAINTEXT", "LOGIN", "SASL", "MUTUAL", "NOHOST", "CONTROLLER")
+        names = ("PLAINTEXT", "SASL", "MUTUAL", "NOHOST", "CONTROLLER")
         ports = {name: free_port() for name in names}
-        self.sasl, self.mutual, self.nohost = (f"localhost:{ports[name]}" for name in names[2:5])
-        self.login = Proxy(free_port(), ports["LOGIN"])
-        doors = [f"{name}://localhost:{port}" for name, port in ports.items()]
+        self.sasl, self.mutual, self.nohost = (f"localhost:{ports[name]}" for name in names[1:4])
+        listeners = [f"{name}://localhost:{port}" for name, port in ports.items()]
         login = "org.apache.kafka.common.security"
         self.broker = Broker(
             folder,
             ports["PLAINTEXT"],
-            CHEAP
+            RESTARTED_BROKER
             | {
                 "KAFKA_CONTROLLER_QUORUM_VOTERS": f"1@localhost:{ports['CONTROLLER']}",
-                "KAFKA_LISTENERS": ",".join(doors),
-                "KAFKA_ADVERTISED_LISTENERS": ",".join([*doors[:4], NOHOST]),
+                "KAFKA_LISTENERS": ",".join(listeners),
+                "KAFKA_ADVERTISED_LISTENERS": ",".join([*listeners[:3], NOHOST]),
                 "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "PLAINTEXT:PLAINTEXT,"
-                "CONTROLLER:PLAINTEXT,LOGIN:SASL_PLAINTEXT,SASL:SASL_SSL,MUTUAL:SSL,"
-                "NOHOST:PLAINTEXT",
+                "CONTROLLER:PLAINTEXT,SASL:SASL_SSL,MUTUAL:SSL,NOHOST:PLAINTEXT",
                 "KAFKA_SASL_ENABLED_MECHANISMS": "PLAIN,SCRAM-SHA-512",
                 # The image turns ___ into a hyphen.
-                **{
-                    f"KAFKA_LISTENER_NAME_{door}_PLAIN_SASL_JAAS_CONFIG": f"{login}.plain."
-                    f"PlainLoginModule required {PLAIN_USERS};"
-                    for door in ("SASL", "LOGIN")
-                },
-                **{
-                    f"KAFKA_LISTENER_NAME_{door}_SCRAM___SHA___512_SASL_JAAS_CONFIG": f"{login}."
-                    "scram.ScramLoginModule required;"
-                    for door in ("SASL", "LOGIN")
-                },
+                "KAFKA_LISTENER_NAME_SASL_PLAIN_SASL_JAAS_CONFIG": f"{login}.plain."
+                f"PlainLoginModule required {PLAIN_USERS};",
+                "KAFKA_LISTENER_NAME_SASL_SCRAM___SHA___512_SASL_JAAS_CONFIG": f"{login}.scram."
+                "ScramLoginModule required;",
                 "KAFKA_LISTENER_NAME_MUTUAL_SSL_CLIENT_AUTH": "required",
                 "KAFKA_SSL_KEYSTORE_TYPE": "PEM",
                 "KAFKA_SSL_KEYSTORE_LOCATION": str(folder / "server.pem"),
@@ -99,7 +92,7 @@ class SecuredBroker:
         )
 
     def write_pem(self, name: str, host: str) -> None:
-        """A certificate and its key, which Kafka wants in PKCS#8."""
+        """Write a certificate and its key, which Kafka expects in PKCS#8."""
         issued = self.authority.issue_cert(host)
         key = load_pem_private_key(issued.private_key_pem.bytes(), None)
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -128,67 +121,106 @@ class SecuredBroker:
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredBroker]:
     secured = SecuredBroker(tmp_path_factory.mktemp("secured"))
     with secured.broker as broker:
-        credentials = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
-        update = UserScramCredentialUpsertion("scram", credentials, PASSWORD.encode())
-        witness = Witness(broker.address)
-        witness.ask(witness.admin.alter_user_scram_credentials, [update])
+        set_scram_password(Witness(broker.address), PASSWORD)
         yield secured
 
 
 @pytest.fixture
 def witness(secured: SecuredBroker) -> Witness:
-    """Looks through the open door; neither topic nor group exists."""
+    """What librdkafka finds by the plain-text listener; neither the topic nor a group exists."""
     witness = Witness(secured.broker.address)
-    witness.clean()
+    witness.delete_everything()
     return witness
 
 
-@pytest.mark.parametrize("door", ["PLAIN", "SCRAM-SHA-512", "client certificate"])
-def test_the_main_job(door: str, start: Start, secured: SecuredBroker, witness: Witness) -> None:
-    if door == "client certificate":
+def set_scram_password(witness: Witness, password: str) -> None:
+    """Set the password of the user "scram"."""
+    credentials = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
+    update = UserScramCredentialUpsertion("scram", credentials, password.encode())
+    witness.request(witness.admin.alter_user_scram_credentials, [update])
+
+
+@pytest.mark.parametrize("login", ["PLAIN", "SCRAM-SHA-512", "client certificate"])
+def test_the_main_job_works_with_every_kind_of_login(
+    login: str, start: Start, secured: SecuredBroker, witness: Witness
+) -> None:
+    if login == "client certificate":
         address, environment = secured.mutual, secured.mutual_settings()
     else:
-        user = "plain" if door == "PLAIN" else "scram"
-        address, environment = secured.sasl, secured.sasl_settings(door, user)
-    for script in main_job(start, witness, address=address, environment=environment):
-        assert_plain(script)
+        user = "plain" if login == "PLAIN" else "scram"
+        address, environment = secured.sasl, secured.sasl_settings(login, user)
+    for script in run_pipeline(start, witness, address=address, environment=environment):
+        assert_few_plain_lines(script)
         assert PASSWORD not in script.err + script.out
 
 
-def test_every_wrong_way_has_its_reason(start: Start, secured: SecuredBroker) -> None:
-    """With one of the scripts in turn: what they do until they are connected is the same in all."""
-    good = secured.sasl_settings("PLAIN", "plain")
-    wrong = {"KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT", "KAFKA_SASL_PLAIN_PASSWORD": PASSWORD[1:]}
-    stranger = str(secured.folder / "stranger.pem")
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        silence = f"127.0.0.1:{silent.getsockname()[1]}"
-        ways: list[tuple[str, dict[str, str], str]] = [
-            (f"localhost:{free_port()}", {}, "ECONNREFUSED"),
-            ("no.such.host.invalid:9092", {}, "DNS Resolution failure"),
-            (silence, {}, "RequestTimedOutError"),
-            (secured.login.address, good | wrong, "SaslAuthenticationFailedError"),
-            (secured.sasl, good | {"KAFKA_SSL_CAFILE": stranger}, "certificate verify failed"),
-            (secured.sasl, good | {"KAFKA_SSL_CAFILE": "/no/ca.pem"}, "No such file or directory"),
-            # A key itself instead of its file, say.
-            (secured.sasl, good | {"KAFKA_SSL_CAFILE": PASSWORD * 100}, "File name too long"),
+def test_the_reason_for_having_no_connection_is_reported(
+    start: Start, secured: SecuredBroker
+) -> None:
+    """By one of the scripts in turn: how they connect is the same in all."""
+    plain = secured.sasl_settings("PLAIN", "plain")
+    wrong_password = {"KAFKA_SASL_PLAIN_PASSWORD": PASSWORD[1:]}
+    wrong_authority = {"KAFKA_SSL_CAFILE": str(secured.folder / "stranger.pem")}
+    no_certificate = secured.mutual_settings() | {"KAFKA_SSL_CERTFILE": "/no/cert.pem"}
+    with socket.create_server(("127.0.0.1", 0)) as unresponsive:
+        unresponsive_address = f"127.0.0.1:{unresponsive.getsockname()[1]}"
+        cases: list[tuple[str, dict[str, str], str]] = [
+            (f"localhost:{free_port()}", {}, "KafkaConnectionError: .*ECONNREFUSED"),
+            ("no.such.host.invalid:9092", {}, "KafkaConnectionError: DNS Resolution failure"),
+            (unresponsive_address, {}, ".*RequestTimedOutError: .*"),
+            (secured.sasl, plain | wrong_password, "during login: .*"),
+            (
+                secured.sasl,
+                secured.sasl_settings("SCRAM-SHA-512", "scram") | wrong_password,
+                "during login: .*",
+            ),
+            (secured.sasl, plain | {"KAFKA_SASL_MECHANISM": "SCRAM-SHA-256"}, "during login: .*"),
+            (secured.sasl, plain | wrong_authority, "during login: .*certificate verify failed.*"),
+            (secured.mutual, no_certificate, ".*No such file or directory"),
+            # The text of a certificate instead of its file, for example.
+            (secured.sasl, plain | {"KAFKA_SSL_CAFILE": PASSWORD * 100}, ".*File name too long.*"),
         ]
         scripts = [
             start(name, address=address, environment=environment)
-            for name, (address, environment, _) in zip(itertools.cycle(SCRIPTS), ways, strict=False)
+            for name, (address, environment, _) in zip(
+                itertools.cycle(SCRIPTS), cases, strict=False
+            )
         ]
-        for script, (address, _, reason) in zip(scripts, ways, strict=True):
+        for script, (address, environment, reason) in zip(scripts, cases, strict=True):
             assert script.wait() == 1
             assert script.out == ""
             first, last = script.err.splitlines()
-            why = rf"--- no connection to {address} \(.*{reason}.*\); trying again"
-            assert re.fullmatch(why, first), first
-            how = "docker compose up -d or python tests/broker.py"
-            assert last == f"--- no Kafka at {address}: {how}"
+            assert re.fullmatch(rf"--- no connection to {address} \({reason}\); retrying", first)
+            if environment:  # it is not the broker that is missing
+                names = ", ".join(environment)
+                assert last == f"--- no broker at {address} accepts these settings: {names}"
+            else:
+                how = "docker compose up -d or python tests/broker.py in the folder kafka-practice"
+                assert last == f"--- no broker at {address}; start one with {how}"
             assert PASSWORD[1:] not in script.err
 
 
-def test_variables_that_others_set_do_no_harm(start: Start, witness: Witness) -> None:
-    """Kubernetes' links to services called kafka-ssl and kafka-sasl, and the broker image's own."""
+def test_a_login_that_is_rejected_after_an_outage_is_reported(
+    start: Start, secured: SecuredBroker, witness: Witness
+) -> None:
+    """Although the outage has been reported before, with another reason."""
+    environment = secured.sasl_settings("SCRAM-SHA-512", "scram")
+    consumer = start("consumer.py", address=secured.sasl, environment=environment)
+    wait_until(lambda: consumer.err, "it is connected")
+    set_scram_password(witness, "changed")
+    secured.broker.stop()
+    lost = re.compile(rf"^--- no connection to {secured.sasl} \((during login)?", re.MULTILINE)
+    wait_until(lambda: lost.findall(consumer.err) == [""], "the outage is reported")
+    secured.broker.start()
+    wait_until(lambda: len(lost.findall(consumer.err)) > 1, "the rejected login is reported")
+    set_scram_password(witness, PASSWORD)
+    assert consumer.stop() == 0
+    assert lost.findall(consumer.err) == ["", "during login"]
+    assert_few_plain_lines(consumer)
+
+
+def test_variables_of_other_programs_are_ignored(start: Start, witness: Witness) -> None:
+    """Kubernetes' service links (kafka-ssl, kafka-sasl) and the variables of the broker's image."""
     theirs = {
         "KAFKA_SSL_PORT": "tcp://10.0.0.1:9093",
         "KAFKA_SSL_SERVICE_HOST": "10.0.0.1",
@@ -197,49 +229,51 @@ def test_variables_that_others_set_do_no_harm(start: Start, witness: Witness) ->
         "KAFKA_SSL_KEYSTORE_LOCATION": "/etc/kafka/server.pem",
         "KAFKA_SECURITY_INTER_BROKER_PROTOCOL": "PLAINTEXT",
     }
-    produce(start, 3, address=witness.address, environment=theirs)
-    assert len(witness.log()) == 3
+    send_events(start, 3, address=witness.address, environment=theirs)
+    assert len(witness.messages()) == 3
 
 
-def test_a_broker_that_cannot_be_reached_at_its_own_address(
+def test_an_unreachable_advertised_address_is_reported(
     start: Start, secured: SecuredBroker
 ) -> None:
-    lost = r"--- no connection to no\.such\.host\.invalid:9092 \(KafkaConnectionError: DNS.*\n"
+    unreachable = (
+        r"--- no connection to no\.such\.host\.invalid:9092 \(KafkaConnectionError: DNS.*\n"
+    )
     producer, *readers = (start(name, address=secured.nohost) for name in SCRIPTS)
     assert producer.wait() == 1
-    assert re.fullmatch(rf"{lost}--- Kafka shows no topic events; .*\n", producer.err)
+    assert re.fullmatch(unreachable + MISSING_TOPIC, producer.err)
     for reader in readers:
-        until(lambda: "partitions of events: none yet: " in reader.err, "it says what it has")
+        wait_until(lambda: NO_PARTITIONS in reader.err, "it reports that it is assigned none")
         assert reader.stop(timeout=20) == 0
-        assert re.fullmatch(rf"{lost}--- .*\n--- leaving the group\n", reader.err)
+        assert re.fullmatch(rf"{unreachable}--- .*\n--- leaving the group\n", reader.err)
 
 
 def allow(witness: Witness, resource: ResourceType, name: str) -> None:
-    """Lets the user "nobody" do everything with the topic or the group."""
+    """Allow the user "nobody" to do everything with the topic or the group."""
     rule = (ResourcePatternType.LITERAL, "User:nobody", "*", AclOperation.ALL)
     binding = AclBinding(resource, name, *rule, AclPermissionType.ALLOW)
-    witness.ask(witness.admin.create_acls, [binding])
+    witness.request(witness.admin.create_acls, [binding])
 
 
-def test_a_topic_that_one_may_not_read_or_write(
+def test_readers_wait_for_access_to_the_topic_and_the_producer_exits(
     start: Start, secured: SecuredBroker, witness: Witness
 ) -> None:
-    witness.create(3)
+    witness.create_topic(3)
     witness.write((number % 3, b"k", event()) for number in range(9))
     environment = secured.sasl_settings("PLAIN", "nobody")
-    allow(witness, ResourceType.GROUP, GROUP)
+    allow(witness, ResourceType.GROUP, GROUP_ID)
     run = functools.partial(start, address=secured.sasl, environment=environment)
     producer, *readers = run("producer.py"), run("consumer.py"), run("processor.py")
     assert producer.wait() == 1
-    assert producer.err.startswith(f"--- Kafka shows no topic {TOPIC}; ")
+    assert re.fullmatch(MISSING_TOPIC, producer.err)
     for reader in readers:
-        until(lambda: "no right to it" in reader.err, "it says why it waits")
+        wait_until(lambda: NO_PARTITIONS in reader.err, "it reports why it waits")
     allow(witness, ResourceType.TOPIC, TOPIC)
     consumer, processor = readers
-    until(lambda: consumer.lines or processor.snapshots, "they go on")
+    wait_until(lambda: consumer.lines or processor.snapshots, "they continue")
     assert processor.stop() == 0
-    until(lambda: len(consumer.lines) == 9, "all events are shown")
+    wait_until(lambda: len(consumer.lines) == 9, "all events are printed")
     assert consumer.stop() == 0
     for reader in readers:
-        assert_plain(reader)
-        assert reader.err.count("no right to it") == 1
+        assert_few_plain_lines(reader)
+        assert reader.err.count(NO_PARTITIONS) == 1
