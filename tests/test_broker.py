@@ -1,19 +1,21 @@
-"""tests/broker.py as a program; on a free port here, where users have it on 9092."""
+"""tests/broker.py as a program: it serves, stops, and leaves nothing behind."""
 
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
-from broker import ROOT, Cluster, free_port, version
+from broker import ROOT, free_port, killed_with_parent
 from events import event
 from scripts import TIMEOUT, Script, Start, send_events, wait_until
 from witness import Witness
 
-# Runs the program on the port given first, with its data under the folder given second.
+# Runs the program with the port (9092 otherwise) and the folder for its data that come first.
 PROGRAM = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -23,54 +25,85 @@ sys.exit(broker.main())
 """
 
 
-def program(start: Start, port: int, folder: Path, *command: str) -> Script:
+def program(
+    start: Start, port: int, folder: Path, *command: str, environment: dict[str, str] | None = None
+) -> Script:
     arguments = [sys.executable, "-c", PROGRAM, str(port), str(folder), *command]
-    return start(command=arguments, address="nowhere:1")
+    return start(command=arguments, address="nowhere:1", environment=environment)
 
 
-def test_it_serves_until_ctrl_c_and_keeps_the_events(start: Start, tmp_path: Path) -> None:
-    tmp_path = tmp_path / "Zoë's folder"
-    tmp_path.mkdir()
+def java_processes(script: Script) -> list[psutil.Process]:
+    return [process for process in script.processes() if process.pid != script.process.pid]
+
+
+def test_any_signal_stops_the_broker_and_its_events_are_kept(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "Zoë's folder"
+    folder.mkdir()
     port = free_port()
-    for run in range(2):
-        broker = program(start, port, tmp_path)
-        wait_until(lambda: "ready" in broker.out, "it says that it is ready")
-        assert f"localhost:{port}" in broker.out
-        assert "Ctrl-C" in broker.out
-        witness = Witness(f"localhost:{port}")
-        if run == 0:
+    witness = Witness(f"localhost:{port}")
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        broker = program(start, port, folder)
+        wait_until(
+            lambda: f"ready on localhost:{port}; Ctrl-C stops it" in broker.out, "it is ready"
+        )
+        if signum == signal.SIGINT:
             witness.create_topic(3)
             witness.write([(0, b"key", event())] * 5)
         assert len(witness.messages()) == 5
-        assert broker.stop(signal.SIGINT if run == 0 else signal.SIGTERM) == 0
+        [java] = java_processes(broker)
+        assert broker.stop(signum) == 0
+        assert not java.is_running()
         assert broker.err == ""
         assert broker.lines[-1] == "stopping Kafka"
 
 
-def test_beside_a_broker_it_serves_a_command_and_nothing_else(start: Start, tmp_path: Path) -> None:
+def test_the_broker_is_killed_with_the_program(start: Start, tmp_path: Path) -> None:
+    if not killed_with_parent():
+        pytest.skip("this system does not support it")
+    broker = program(start, free_port(), tmp_path)
+    wait_until(lambda: "ready" in broker.out, "it is ready")
+    [java] = java_processes(broker)
+    broker.stop(signal.SIGKILL)
+    wait_until(lambda: not java.is_running(), "Java is killed as well")
+
+
+def test_a_command_has_a_broker_of_its_own_and_needs_no_java(start: Start, tmp_path: Path) -> None:
+    """The machine has no Java; the jars are there."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("env", "setpriv", "sh", "true"):
+        if path := shutil.which(name):
+            (folder / name).symlink_to(path)
+    (tmp_path / ".m2").symlink_to(Path.home() / ".m2")
+    environment = {"PATH": str(folder), "HOME": str(tmp_path), "JAVA_HOME": ""}
     job = f"{sys.executable} producer.py --count 3 --interval 0 --quiet && env && exit 7"
-    with socket.socket() as taken:
+    with socket.socket() as occupied:
         port = free_port()
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        broker = program(start, port, tmp_path, "sh", "-c", job)
+        occupied.bind(("127.0.0.1", port))
+        occupied.listen()
+        broker = program(start, port, tmp_path, "sh", "-c", job, environment=environment)
         refused = program(start, port, tmp_path)
         assert broker.wait() == 7  # the command's status
         assert refused.wait() == 1
-    assert refused.err == f"port {port} is taken: does a broker run already?\n"
+    assert refused.err.startswith(f"port {port} is in use: `lsof -i :{port}` ")
     [own] = re.findall(r"^KAFKA_BOOTSTRAP_SERVERS=localhost:(\d+)$", broker.out, re.MULTILINE)
     assert int(own) != port
     assert broker.err == "--- 3 delivered, 0 failed\n"
     assert not (tmp_path / ".kafka").exists()
 
 
-def test_three_brokers_on_the_usual_ports_name_their_own(tmp_path: Path) -> None:
-    for broker in Cluster(tmp_path, [9092, 9093, 9094]).brokers:
-        own = f"PLAINTEXT://{broker.address}"
-        assert broker.environment["KAFKA_ADVERTISED_LISTENERS"] == own
+def test_a_failed_download_is_reported_in_one_line(start: Start, tmp_path: Path) -> None:
+    environment = {"HOME": str(tmp_path), "HTTPS_PROXY": f"http://localhost:{free_port()}"}
+    broker = program(start, free_port(), tmp_path, "true", environment=environment)
+    assert broker.wait() == 1
+    announcement, error = broker.err.splitlines()
+    assert announcement.startswith("downloading Kafka, ")
+    assert re.match(r"cannot download Kafka \S+ from Maven Central \(ProxyError\): ", error)
 
 
-def test_three_brokers_until_ctrl_c_of_which_one_is_killed(start: Start, tmp_path: Path) -> None:
+def test_one_of_three_brokers_can_be_killed_by_the_printed_command(
+    start: Start, tmp_path: Path
+) -> None:
     port = free_port(3)
     brokers = program(start, port, tmp_path, "--brokers", "3")
     wait_until(lambda: "Ctrl-C stops all" in brokers.out, "they are ready", 2 * TIMEOUT)
@@ -80,48 +113,18 @@ def test_three_brokers_until_ctrl_c_of_which_one_is_killed(start: Start, tmp_pat
     assert [address for _, address in kills] == addresses
     send_events(start, 10, address=addresses[0])
     os.kill(int(kills[1][0]), signal.SIGKILL)
-    wait_until(lambda: f"the broker on {addresses[1]} has ended" in brokers.out, "it says so")
-    running = [process for process in brokers.processes() if process.pid != brokers.process.pid]
+    wait_until(lambda: f"the broker on {addresses[1]} has exited" in brokers.out, "it is reported")
+    running = java_processes(brokers)
     assert len(running) == 2
     assert brokers.stop() == 0
-    assert brokers.lines[-1] == "stopping Kafka"
     assert not any(process.is_running() for process in running)
     assert brokers.err == ""
 
 
-def test_without_its_packages_it_says_what_to_install(start: Start) -> None:
-    # -I -S: Python without site-packages, as outside the virtual environment.
-    command = [sys.executable, "-I", "-S", str(ROOT / "tests" / "broker.py")]
-    bare = start(command=command, address="nowhere:1")
-    assert bare.wait() == 1
-    assert bare.out == ""
-    assert re.fullmatch(
-        r"\w+ is missing: `pip install -r tests/broker-requirements.txt`\n", bare.err
-    )
-    helped = start(command=[*command, "--help"], address="nowhere:1")
-    assert helped.wait() == 0
-    assert "--brokers 3" in helped.out
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_it_announces_a_download_only_if_there_is_one(
-    there: bool, start: Start, tmp_path: Path
-) -> None:
-    repository = tmp_path / "repository"
-    if there:
-        (repository / "org/apache/kafka/kafka_2.13" / version()).mkdir(parents=True)
-    # What it would download is not needed to see what it says.
-    stub = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "import broker\n"
-        "class Settings:\n"
-        f"    repo_cache = {str(repository)!r}\n"
-        "    load = classmethod(lambda cls: cls)\n"
-        "broker.GlobalSettings, broker.run = Settings, print\n"
-        "sys.exit(broker.main())\n"
-    )
-    arguments = ["--brokers", "3", "ls", "-l"] if there else ["true"]
-    broker = start(command=[sys.executable, "-c", stub, *arguments], address="nowhere:1")
-    assert broker.wait() == 0
-    assert broker.out == ("['ls', '-l'] 3\n" if there else "['true'] 1\n")
-    assert ("downloading Kafka" in broker.err) is not there
+@pytest.mark.parametrize("name", ["broker", "benchmark"])
+def test_a_missing_package_is_reported_with_what_to_install(name: str, start: Start) -> None:
+    # -S: Python without site-packages, as if the virtual environment were not active.
+    script = start(command=[sys.executable, "-S", str(ROOT / "tests" / f"{name}.py")])
+    assert script.wait() == 1
+    hint = r"\w+ is missing: is the virtual environment active\? If so, pip install -r tests/\S+\n"
+    assert re.fullmatch(hint, script.err)
