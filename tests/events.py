@@ -1,11 +1,11 @@
-"""Events as the tests write and expect them: as JSON, as printed lines, as counts."""
+"""Events, the messages that carry them, and their counts."""
 
 import json
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from scripts import Counts
+Counts = dict[str, dict[str, int]]  # how often each user did each action
 
 
 class Message(NamedTuple):
@@ -16,9 +16,9 @@ class Message(NamedTuple):
 
 
 def event(user_id: Any = "alice", action: Any = "view", **fields: Any) -> bytes:
-    """Return the JSON of an event: a good one, unless a given field is malformed."""
-    good = {"event_id": "0", "user_id": user_id, "action": action, "timestamp": "2026-01-01"}
-    return json.dumps(good | fields).encode()
+    """Return a well-formed event, unless one of the given fields is malformed."""
+    defaults = {"event_id": "0", "user_id": user_id, "action": action, "timestamp": "2026-01-01"}
+    return json.dumps(defaults | fields).encode()
 
 
 def event_line(message: Message) -> str:
@@ -28,24 +28,19 @@ def event_line(message: Message) -> str:
 
 
 def event_lines(messages: Iterable[Message]) -> list[str]:
-    """Return the lines of the messages, sorted."""
+    """Return the event lines of these messages, sorted."""
     return sorted(map(event_line, messages))
 
 
 def counts_of(messages: Iterable[Message]) -> Counts:
-    """Count the messages, which are all good events, as the processor should."""
-    total: Counts = {}
-    for message in messages:
-        assert message.value is not None
-        fields = json.loads(message.value)
-        actions = total.setdefault(fields["user_id"], {})
-        actions[fields["action"]] = actions.get(fields["action"], 0) + 1
-    return total
+    """Return the counts of these messages, all of them well-formed events."""
+    events = [json.loads(message.value or b"") for message in messages]
+    return sum_of_counts(*({event["user_id"]: {event["action"]: 1}} for event in events))
 
 
 def sum_of_counts(*several: Counts) -> Counts:
-    total: dict[str, Counter[str]] = {}
+    totals: dict[str, Counter[str]] = {}
     for counts in several:
         for user_id, actions in counts.items():
-            total.setdefault(user_id, Counter()).update(actions)
-    return {user_id: dict(actions) for user_id, actions in total.items()}
+            totals.setdefault(user_id, Counter()).update(actions)
+    return {user_id: dict(actions) for user_id, actions in totals.items()}

@@ -1,4 +1,4 @@
-"""A TCP proxy that speaks Kafka's framing, to delay, slow down or cut off a broker's answers."""
+"""A proxy between the scripts and a broker, which can be slow and lose responses."""
 
 import contextlib
 import math
@@ -6,88 +6,102 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-# API keys: Kafka's numbers for the kinds of request.
+from broker import Broker, free_port
+
+# Kafka's numbers for kinds of requests, for Proxy.pass_response.
 PRODUCE, HEARTBEAT, SYNC_GROUP = 0, 12, 14
 
 
 class Proxy:
-    """Forward connections to a port, and go on accepting them while nobody listens there.
+    """Forward connections from one port to another, also while nobody listens there.
 
-    Docker's proxy for a published port does the same: a client gets a connection to a broker that
-    is down, and loses it at once.
+    As with a port that Docker publishes, a client can connect although the broker is down, and is
+    disconnected at once. Three attributes may be changed at any time:
 
-    A test may set `lets_pass(api_key)`, which is called with each response and the API key of its
-    request. It returns whether the response is passed on, and may take its time; if it is not, the
-    connection is cut. A test may also set `delay`, in seconds per request, and `rate`, in bytes of
-    responses per second of all connections together.
+    pass_response(api_key): called before a response is forwarded, with the kind of its request;
+        may wait. If it returns False, the connection is closed instead.
+    delay: the seconds for which each request is held back.
+    bytes_per_second: the bandwidth that all responses share.
     """
 
-    def __init__(self, port: int, target: int) -> None:
+    def __init__(self, port: int, target_port: int) -> None:
         self.address = f"localhost:{port}"
-        self.target = target
+        self.target_port = target_port
+        self.bandwidth_lock = threading.Lock()
         self.reset()
-        self.rate_lock = threading.Lock()
         self.listener = socket.create_server(("127.0.0.1", port), backlog=100)
         threading.Thread(target=self.accept, daemon=True).start()
 
     def reset(self) -> None:
-        self.lets_pass: Callable[[int], bool] = lambda api_key: True
-        self.delay, self.rate = 0.0, math.inf
+        """Forward everything at once, as at the beginning."""
+        self.pass_response: Callable[[int], bool] = lambda api_key: True
+        self.delay = 0.0
+        self.bytes_per_second = math.inf
 
     def accept(self) -> None:
         while True:
             client, _ = self.listener.accept()
             try:
-                server = socket.create_connection(("127.0.0.1", self.target))
+                server = socket.create_connection(("127.0.0.1", self.target_port))
             except OSError:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 client.close()
                 continue
-            self.connect(client, server)
+            api_keys: dict[int, int] = {}  # of the requests, by correlation ID
+            for forward in (self.forward_requests, self.forward_responses):
+                arguments = (client, server, api_keys)
+                threading.Thread(target=forward, args=arguments, daemon=True).start()
 
-    def connect(self, client: socket.socket, server: socket.socket) -> None:
-        api_keys: dict[int, int] = {}  # of the requests, by correlation ID
-
-        def request_passes(message: bytes) -> bool:
-            api_key, _, correlation_id = struct.unpack_from(">hhi", message)
-            api_keys[correlation_id] = api_key
-            time.sleep(self.delay)
-            return True
-
-        def response_passes(message: bytes) -> bool:
-            [correlation_id] = struct.unpack_from(">i", message)
-            return self.lets_pass(api_keys.pop(correlation_id))
-
-        def send_at_rate(data: bytes) -> None:
-            for start in range(0, len(data), 10_000):
-                with self.rate_lock:
-                    time.sleep(len(data[start : start + 10_000]) / self.rate)
-                client.sendall(data[start : start + 10_000])
-
-        for arguments in (
-            (client, request_passes, server, server.sendall),
-            (server, response_passes, client, send_at_rate),
-        ):
-            threading.Thread(target=self.forward, args=arguments, daemon=True).start()
-
-    def forward(
-        self,
-        source: socket.socket,
-        passes: Callable[[bytes], bool],
-        sink: socket.socket,
-        send: Callable[[bytes], None],
+    def forward_requests(
+        self, client: socket.socket, server: socket.socket, api_keys: dict[int, int]
     ) -> None:
-        # struct.error: a message is cut off because its sender was killed.
-        with contextlib.suppress(OSError, struct.error), source.makefile("rb") as stream:
-            while size := stream.read(4):
-                message = stream.read(int.from_bytes(size, "big"))
-                if not passes(message):
+        with closing_both(client, server), client.makefile("rb") as stream:
+            while message := read_message(stream.read):
+                api_key, _, correlation_id = struct.unpack_from(">hhi", message, 4)
+                api_keys[correlation_id] = api_key
+                time.sleep(self.delay)
+                server.sendall(message)
+
+    def forward_responses(
+        self, client: socket.socket, server: socket.socket, api_keys: dict[int, int]
+    ) -> None:
+        with closing_both(client, server), server.makefile("rb") as stream:
+            while message := read_message(stream.read):
+                [correlation_id] = struct.unpack_from(">i", message, 4)
+                if not self.pass_response(api_keys.pop(correlation_id)):
                     break
-                send(size + message)
-        # kafka-python drops a response that arrives together with the end of the connection.
-        time.sleep(0.1)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+                for start in range(0, len(message), 10_000):
+                    chunk = message[start : start + 10_000]
+                    with self.bandwidth_lock:
+                        time.sleep(len(chunk) / self.bytes_per_second)
+                    client.sendall(chunk)
+
+
+def read_message(read: Callable[[int], bytes]) -> bytes:
+    """Return a request or response with its size in front; empty at the end of the stream."""
+    size = read(4)
+    return size + read(int.from_bytes(size, "big"))
+
+
+@contextlib.contextmanager
+def closing_both(*connections: socket.socket) -> Iterator[None]:
+    # struct.error: a message that is cut off, as its sender was killed.
+    with contextlib.suppress(OSError, struct.error):
+        yield
+    # kafka-python drops a response that arrives together with the end of the connection.
+    time.sleep(0.1)
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def add_proxy(broker: Broker) -> Proxy:
+    """Give a broker that is not running yet one more listener, which is behind a proxy."""
+    proxy = Proxy(free_port(), target_port=free_port())
+    settings = broker.environment
+    settings["KAFKA_LISTENERS"] += f",PROXIED://localhost:{proxy.target_port}"
+    settings["KAFKA_ADVERTISED_LISTENERS"] += f",PROXIED://{proxy.address}"
+    settings["KAFKA_LISTENER_SECURITY_PROTOCOL_MAP"] += ",PROXIED:PLAINTEXT"
+    return proxy

@@ -1,8 +1,14 @@
-"""The scripts as processes: start one, wait for a condition, look at what it has printed."""
+"""The scripts as processes, what they report on stderr, and waiting for conditions.
+
+consumer = start("consumer.py", "--group", "mine")
+wait_until(lambda: len(consumer.lines) == 9, "all events are printed")
+assert consumer.stop() == 0
+"""
 
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -13,26 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import reports
 from broker import ROOT
+from events import Counts
 
 SCRIPTS = ("producer.py", "consumer.py", "processor.py")
-# What a reader reports instead of its partitions when none are assigned to it.
-NO_PARTITIONS = "none; the other members have them all, or topic, access or coordinator is missing"
-# The line of a processor that is assigned some partitions, or all three.
-PARTIAL_ASSIGNMENT = (
-    r"--- counting partitions of events: ([\d, ]+); other members have the rest"
-    r" \(--group NAME counts all\)"
-)
-FULL_ASSIGNMENT = "--- counting partitions of events: 0, 1, 2 (all)\n"
-# What the producer reports of a topic that does not exist, with the command that creates it.
-MISSING_TOPIC = r"--- topic events is missing or forbidden; create it: `(.*)`\n"
-TIMEOUT = 60.0  # seconds; generous, because a test that passes does not wait for it
-
-Counts = dict[str, dict[str, int]]
+TOPIC = "events"
+GROUP_ID = "event-watchers"
+TIMEOUT = 60.0  # seconds; generous, as a test that passes does not wait for it
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout: float = TIMEOUT) -> Any:
-    """Return the condition's value once that is true; raise AssertionError after `timeout` s."""
+    """Wait until the condition is true and return its value; after `timeout` seconds, fail."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
@@ -41,33 +39,37 @@ def wait_until(condition: Callable[[], Any], what: str, timeout: float = TIMEOUT
 
 
 class Script:
-    """One of the three scripts (or another command) as a process; its output goes to files."""
+    """One of the three scripts, or another command, as a process."""
 
-    def __init__(self, folder: Path, command: list[str], environment: dict[str, str]) -> None:
-        number = len(list(folder.glob("*.out")))
+    def __init__(
+        self,
+        command: list[str],
+        folder: Path,
+        environment: dict[str, str],
+        stdout: int | None = None,
+    ) -> None:
+        number = len(list(folder.glob("*.err")))
+        self.command = command
         self.out_file = folder / f"{number}.out"
         self.err_file = folder / f"{number}.err"
-        self.command = command
-        with self.out_file.open("wb") as out, self.err_file.open("wb") as err:
+        with self.out_file.open("wb") as file, self.err_file.open("wb") as stderr:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
                 env=os.environ | environment,
                 stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
+                stdout=file if stdout is None else stdout,
+                stderr=stderr,
             )
 
     @property
     def out(self) -> str:
-        """All of stdout so far."""
-        # newline="": a lone carriage return must not look like the end of a line.
-        with self.out_file.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        # newline="": a carriage return alone must not look like the end of a line.
+        with self.out_file.open(encoding="utf-8", newline="") as file:
             return file.read()
 
     @property
     def err(self) -> str:
-        """All of stderr so far."""
         return self.err_file.read_text()
 
     @property
@@ -78,8 +80,7 @@ class Script:
     @property
     def snapshots(self) -> list[Counts]:
         """The complete JSON documents of stdout, which must contain nothing else."""
-        documents = []
-        text = self.out
+        documents, text = [], self.out
         while text.strip():
             try:
                 document, end = json.JSONDecoder().raw_decode(text)
@@ -90,68 +91,118 @@ class Script:
             text = text[end:].lstrip()
         return documents
 
+    def find(self, pattern: str) -> list[Any]:
+        """Return the matches of a pattern, from reports.py, in stderr, as re.findall() does."""
+        return re.findall(pattern, self.err, re.MULTILINE)
+
+    @property
+    def assigned(self) -> list[int] | None:
+        """The partitions that were last reported as assigned; None before the first report."""
+        found = self.find(reports.ASSIGNMENT)
+        return [int(number) for number in re.findall(r"\d+", found[-1])] if found else None
+
     def wait(self, timeout: float = TIMEOUT) -> int:
-        """Wait for the script to exit; return its status."""
+        """Wait until it exits; return the exit status."""
         return self.process.wait(timeout)
 
     def stop(self, signum: int = signal.SIGINT, timeout: float = TIMEOUT) -> int:
-        """Send Ctrl-C (or another signal), wait for the script to exit, return its status."""
+        """Send Ctrl-C or another signal; return the exit status."""
         self.process.send_signal(signum)
         return self.wait(timeout)
 
-    def is_connected(self) -> bool:
-        """Return whether it has a connection: its signal handlers are in place, or almost."""
-        return any(process.net_connections() for process in self.processes())
-
     def processes(self) -> list[psutil.Process]:
-        """Return its process and that one's descendants."""
+        """Return the running process and its children, if there are any."""
         try:
             process = psutil.Process(self.process.pid)
             return [process, *process.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
 
-
-Start = Callable[..., Script]  # the type of the fixture `start`
-
-
-def python(script: str, *arguments: str) -> list[str]:
-    """Return the command that runs one of the scripts."""
-    return [sys.executable, str(ROOT / script), *arguments]
+    def is_connected(self) -> bool:
+        return any(process.net_connections() for process in self.processes())
 
 
-def patched(patches: str, script: str, *arguments: str) -> list[str]:
-    """Return the command that runs one of the scripts with patches of kafka-python.
-
-    `patches` are names of modules in tests/patches and client settings, separated by spaces:
-    "slow_poll max_poll_interval_ms=2000".
-    """
-    return python("tests/patches/run.py", *patches.split(), "--", str(ROOT / script), *arguments)
-
-
-def printed_lines(*scripts: Script) -> list[str]:
-    """Return all lines that the scripts have printed, sorted."""
-    return sorted(line for script in scripts for line in script.lines)
+def script_command(*arguments: str, patches: dict[str, Any] | None = None) -> list[str]:
+    """Return the command that runs a script, with patches of kafka-python if there are any."""
+    script, *options = arguments
+    command = [sys.executable, str(ROOT / script), *options]
+    if patches:
+        runner = ROOT / "tests" / "patches" / "run.py"
+        command[1:1] = [str(runner), json.dumps(patches)]
+    return command
 
 
-def assert_few_plain_lines(script: Script) -> None:
-    """Assert that there are only a few lines on stderr, and no traceback."""
-    assert "Traceback" not in script.err
-    assert len(script.err.splitlines()) < 15, script.err
+class Start:
+    """Start scripts, and terminate those that still run when the test is over."""
+
+    def __init__(self, folder: Path, default_address: Callable[[], str]) -> None:
+        self.folder = folder
+        self.default_address = default_address
+        self.scripts: list[Script] = []
+
+    def __call__(
+        self,
+        *arguments: str,
+        patches: dict[str, Any] | None = None,
+        command: list[str] | None = None,
+        address: str | None = None,
+        environment: dict[str, str] | None = None,
+        stdout: int | None = None,
+    ) -> Script:
+        """Start a script with these arguments, or another command.
+
+        It finds the test's broker, or that at `address`. Before it runs, `patches` are applied:
+        the names of functions in tests/patches, with their argument.
+        """
+        if address is None:
+            address = self.default_address()
+        variables = {"KAFKA_BOOTSTRAP_SERVERS": address, **(environment or {})}
+        command = command or script_command(*arguments, patches=patches)
+        self.scripts.append(Script(command, self.folder, variables, stdout))
+        return self.scripts[-1]
+
+    def terminate_all(self) -> None:
+        """Terminate the scripts; show how each has ended, for the report of a test that failed."""
+        for script in self.scripts:
+            for process in script.processes():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        for script in self.scripts:
+            try:
+                script.wait(20)
+            except subprocess.TimeoutExpired:
+                script.process.kill()
+                script.wait()
+            print(f"--- {script.command}: {script.process.returncode}")
+            print(script.out[-400:], script.err[-4000:], sep="\n")
 
 
-def send_events(start: Start, number: int, **where: Any) -> Script:
-    """Send that many events as fast as possible; return the producer, which has exited."""
-    producer = start("producer.py", "--count", str(number), "--interval", "0", **where)
-    assert producer.wait() == 0
-    assert producer.err.splitlines()[-1] == f"--- {number} delivered, 0 failed"
-    assert len(producer.lines) == number
-    return producer
+class Pipe:
+    """A pipe whose write end is a script's stdout, and which only read() empties."""
+
+    def __init__(self) -> None:
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.read_end, False)
+        self.contents = b""
+
+    def is_full(self) -> bool:
+        return not select.select([], [self.write_end], [], 0)[1]
+
+    def read(self) -> bytes:
+        """Return everything that has been written to the pipe so far."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.contents += os.read(self.read_end, 1 << 20)
+        return self.contents
+
+    def close(self) -> None:
+        os.close(self.read_end)
+        os.close(self.write_end)
 
 
 @contextlib.contextmanager
 def frozen(*several: Any) -> Iterator[None]:
-    """Stop scripts or brokers, as Ctrl-Z does, and let them continue in the end."""
+    """Suspend scripts or brokers, as Ctrl-Z does, until the end of the `with` block."""
     for one in several:
         one.process.send_signal(signal.SIGSTOP)
     try:
@@ -161,25 +212,30 @@ def frozen(*several: Any) -> Iterator[None]:
             one.process.send_signal(signal.SIGCONT)
 
 
-class Pipe:
-    """A pipe as stdout of a script; nobody but read() empties it."""
+def send_events(start: Start, number: int, **options: Any) -> Script:
+    """Have producer.py send this many events; return it when all are acknowledged."""
+    arguments = ("--count", str(number), "--interval", "0")
+    producer = start("producer.py", *arguments, **options)
+    assert producer.wait() == 0
+    assert producer.err.splitlines()[-1] == f"--- {number} delivered, 0 failed"
+    assert len(producer.lines) == number
+    return producer
 
-    def __init__(self, folder: Path) -> None:
-        self.path = str(folder / "fifo")
-        os.mkfifo(self.path)
-        self.end = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)
-        self.output = b""
 
-    def is_full(self) -> bool:
-        return not select.select([], [self.end], [], 0)[1]
+def printed_lines(*scripts: Script) -> list[str]:
+    """Return all lines that these scripts have printed to stdout, sorted."""
+    return sorted(line for script in scripts for line in script.lines)
 
-    def as_stdout_of(self, command: list[str]) -> list[str]:
-        """Return the command with its stdout redirected to the pipe."""
-        return ["sh", "-c", 'exec "$@" >"$0"', self.path, *command]
 
-    def read(self) -> bytes:
-        """Empty the pipe; return all that has come out of it so far."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.output += os.read(self.end, 1 << 20)
-        return self.output
+def assert_plain_stderr(*scripts: Script) -> None:
+    """Check that each script has reported a few plain lines at most, and no traceback."""
+    for script in scripts:
+        assert "Traceback" not in script.err
+        assert len(script.err.splitlines()) < 15, script.err
+
+
+def assert_clean_stop(*scripts: Script) -> None:
+    """Stop the scripts, one after the other; each must exit with status 0 and a plain stderr."""
+    for script in scripts:
+        assert script.stop() == 0
+        assert_plain_stderr(script)

@@ -1,51 +1,70 @@
-"""Every snapshot of the processor is whole and exact, whatever happens in the group or the log."""
+"""The processor: in every snapshot, the counts are exact for the partitions assigned to it."""
 
-import re
+import itertools
+import json
 import time
+from datetime import datetime
 
+import reports
 from events import counts_of, event, sum_of_counts
-from scripts import Start, frozen, patched, wait_until
-from witness import Witness, evenly_assigned
+from scripts import Start, assert_clean_stop, frozen, printed_lines, send_events, wait_until
+from witness import Witness
 
 
-def test_first_snapshot_is_printed_once_all_events_are_counted(
+def test_a_restarted_processor_prints_the_same_counts(start: Start, witness: Witness) -> None:
+    send_events(start, 1997)
+    witness.write((number, None, event("alice", "click")) for number in range(3))
+    expected = counts_of(witness.messages())  # alice has events in each partition
+    for _ in range(2):
+        processor = start("processor.py")
+        wait_until(lambda: processor.snapshots, "a snapshot is printed")
+        assert_clean_stop(processor)
+        assert processor.snapshots == [expected]
+        assert processor.find(reports.COUNTING_ALL) == ["0, 1, 2"]
+        assert not processor.find(reports.CATCHING_UP)
+    assert processor.out == json.dumps(expected, indent=2, sort_keys=True) + "\n"
+    assert witness.committed() == {}
+
+
+def test_a_snapshot_is_printed_after_changes_and_at_most_once_a_second(
     start: Start, witness: Witness
 ) -> None:
-    witness.create_topic(1)
-    witness.write([(0, b"key", event())])
-    processor = start(command=patched("stopped_clock", "processor.py"))
-    wait_until(lambda: processor.snapshots == [{"alice": {"view": 1}}], "a snapshot is printed")
+    producer = start("producer.py", "--count", "300", "--interval", "0.01")
+    wait_until(lambda: producer.lines, "the first event is sent")
+    processor = start("processor.py")
+    assert producer.wait() == 0
+    log = witness.messages()
+    expected = counts_of(log)
+    wait_until(lambda: processor.snapshots[-1:] == [expected], "all events are counted")
+    assert_clean_stop(processor)
+    assert processor.snapshots[-1] == expected
+    assert all(one != two for one, two in itertools.pairwise(processor.snapshots))
+    # The 300 events take about 3 s; more on a busy machine, which leaves time for more snapshots.
+    times = sorted(json.loads(message.value or b"")["timestamp"] for message in log)
+    first, last = (datetime.fromisoformat(moment) for moment in (times[0], times[-1]))
+    assert len(processor.snapshots) <= (last - first).total_seconds() + 4
 
 
-def test_first_snapshot_does_not_wait_for_events_that_arrive_meanwhile(
+def test_a_processor_counts_its_part_and_takes_no_event_from_the_consumers(
     start: Start, witness: Witness
 ) -> None:
-    witness.create_topic(1)
-    witness.write([(0, b"key", event())] * 300)
-    processor = start(command=patched("slow_poll growing_log", "processor.py"))
-    wait_until(lambda: processor.snapshots == [{"alice": {"view": 300}}], "the counts are printed")
+    consumers = [start("consumer.py"), start("consumer.py")]
+    wait_until(lambda: witness.group_is_balanced(2), "the consumers share the partitions")
+    processor = start("processor.py")
+    wait_until(lambda: witness.group_is_balanced(3), "the processor has one of them")
+    producer = send_events(start, 900)
+    [part] = wait_until(lambda: processor.find(reports.COUNTING_PART), "it reports its part")
+    expected = counts_of(m for m in witness.messages() if m.partition == int(part))
+    wait_until(lambda: processor.snapshots[-1:] == [expected], "it counts its part")
+    alone = start("processor.py", "--group", "separate")
+    wait_until(lambda: alone.snapshots, "a separate group has a snapshot")
+    assert alone.snapshots[0] == counts_of(witness.messages())
 
-
-def test_first_snapshot_is_whole_when_the_first_events_are_deleted(
-    start: Start, witness: Witness
-) -> None:
-    witness.create_topic(1)
-    witness.write([(0, b"key", event("deleted"))] * 10)
-    witness.delete_events_before({0: 10})
-    witness.write([(0, b"key", event("kept"))] * 5)
-    processor = start(command=patched("slow_offset_reset", "processor.py"))
-    wait_until(lambda: processor.snapshots, "counts are printed")
-    assert processor.snapshots[0] == {"kept": {"view": 5}}
-
-
-def test_last_snapshot_includes_what_was_polled_last(start: Start, witness: Witness) -> None:
-    witness.create_topic(1)
-    witness.write([(0, b"key", event("first"))])
-    processor = start(command=patched("interrupt_after_last", "processor.py"))
-    wait_until(lambda: processor.snapshots, "counts are printed")
-    witness.write([(0, b"key", event("last"))])
-    assert processor.wait() == 0
-    assert processor.snapshots[1:] == [{"first": {"view": 1}, "last": {"view": 1}}]
+    assert_clean_stop(processor)
+    assert processor.snapshots[-1] == expected
+    sent = printed_lines(producer)
+    wait_until(lambda: printed_lines(*consumers) == sent, "the consumers print its part as well")
+    assert_clean_stop(*consumers)
 
 
 def test_every_snapshot_is_whole_while_members_join_and_leave(
@@ -54,54 +73,95 @@ def test_every_snapshot_is_whole_while_members_join_and_leave(
     witness.create_topic(3)
     witness.write((i % 3, b"key", event(f"user {i % 3}")) for i in range(7500))
     everything = counts_of(witness.messages())
-    # Slow enough for catching up to take longer than the second between two snapshots.
-    slow = patched("slow_poll", "processor.py")
-    first = start(command=slow)
-    wait_until(lambda: first.snapshots, "the first prints a snapshot")
+    # It takes longer to read a partition than the second between two snapshots.
+    first = start("processor.py", patches={"readers.slow_polls": 0.05})
+    wait_until(lambda: first.snapshots, "the first processor has a snapshot")
     assert first.snapshots[0] == everything
-    assert re.search(r"^--- catching up: [\d,]+ events to go$", first.err, re.MULTILINE)
-    second = start(command=slow)
-    wait_until(lambda: second.snapshots, "the second counts its partitions")
+    assert first.find(reports.CATCHING_UP)[0].endswith(" events to go")
+    second = start("processor.py", patches={"readers.slow_polls": 0.05})
+    wait_until(lambda: second.snapshots, "the second counts its part")
     wait_until(
         lambda: sum_of_counts(first.snapshots[-1], second.snapshots[-1]) == everything,
         "the first counts the rest",
     )
     consumer = start("consumer.py")
-    wait_until(evenly_assigned(witness, 3), "the consumer is assigned a partition")
-    assert first.stop() == 0
-    wait_until(evenly_assigned(witness, 2), "the others are assigned the rest")
-    assert consumer.stop() == 0
+    wait_until(lambda: witness.group_is_balanced(3), "the consumer has its part")
+    assert_clean_stop(first)
+    wait_until(lambda: witness.group_is_balanced(2), "the others have the first's partition")
+    assert_clean_stop(consumer)
     wait_until(lambda: second.snapshots[-1] == everything, "the second counts everything")
-    assert second.stop() == 0
+    assert_clean_stop(second)
     for snapshot in (*first.snapshots, *second.snapshots):
-        assert snapshot == {
-            user: everything[user] for user in snapshot
-        }  # each partition has one user
+        assert snapshot == {user: everything[user] for user in snapshot}
 
 
-def test_a_frozen_processor_prints_no_snapshot_before_it_has_caught_up(
+def test_a_frozen_processor_prints_no_counts_before_it_has_caught_up(
     start: Start, witness: Witness
 ) -> None:
     witness.create_topic(1)
     witness.write([(0, b"key", event())] * 100)
-    processor = start(command=patched("slow_poll", "processor.py"))
-    wait_until(lambda: processor.snapshots, "it prints a snapshot")
+    processor = start("processor.py", patches={"readers.slow_polls": 0.05})
+    wait_until(lambda: processor.snapshots, "it counts")
     with frozen(processor):
         wait_until(lambda: witness.assignments() == [], "it is removed from the group")
-        # Reading them takes longer than the second between two snapshots.
+        # It takes longer to read these than the second between two snapshots.
         witness.write([(0, b"key", event())] * 11_900)
     wait_until(lambda: processor.snapshots[-1]["alice"]["view"] == 12_000, "it has caught up")
-    assert processor.stop() == 0
-    # It may count for up to a second before it learns that it was removed from the group.
-    counted = [snapshot["alice"]["view"] for snapshot in processor.snapshots]
-    assert not [number for number in counted if 6_000 < number < 12_000]
+    assert_clean_stop(processor)
+    # It continues for up to a second before it learns that it was removed.
+    counts = [snapshot["alice"]["view"] for snapshot in processor.snapshots]
+    assert not [count for count in counts if 6_000 < count < 12_000]
+
+
+def test_the_first_snapshot_waits_for_nothing_but_the_events(
+    start: Start, witness: Witness
+) -> None:
+    witness.create_topic(1)
+    witness.write([(0, b"key", event())])
+    processor = start("processor.py", patches={"clients.stop_clock": 0.0})
+    wait_until(lambda: processor.snapshots == [{"alice": {"view": 1}}], "a snapshot is printed")
+
+
+def test_the_first_snapshot_does_not_wait_for_the_end_of_a_growing_log(
+    start: Start, witness: Witness
+) -> None:
+    witness.create_topic(1)
+    witness.write([(0, b"key", event())] * 300)
+    processor = start(
+        "processor.py", patches={"readers.slow_polls": 0.05, "readers.grow_log": 1000}
+    )
+    wait_until(lambda: processor.snapshots == [{"alice": {"view": 300}}], "a snapshot is printed")
+
+
+def test_the_first_snapshot_of_a_shortened_log_counts_what_is_left(
+    start: Start, witness: Witness
+) -> None:
+    witness.create_topic(1)
+    witness.write([(0, b"key", event("deleted"))] * 10)
+    witness.delete_events_before({0: 10})
+    witness.write([(0, b"key", event("left"))] * 5)
+    processor = start("processor.py", patches={"readers.slow_offset_reset": 2.0})
+    wait_until(lambda: processor.snapshots, "a snapshot is printed")
+    assert processor.snapshots[0] == {"left": {"view": 5}}
+
+
+def test_the_last_snapshot_counts_the_events_that_were_read_last(
+    start: Start, witness: Witness
+) -> None:
+    witness.create_topic(1)
+    witness.write([(0, b"key", event("first"))])
+    processor = start("processor.py", patches={"readers.interrupt_after_poll": "last"})
+    wait_until(lambda: processor.snapshots, "a snapshot is printed")
+    witness.write([(0, b"key", event("last"))])
+    assert processor.wait() == 0
+    assert processor.snapshots[1:] == [{"first": {"view": 1}, "last": {"view": 1}}]
 
 
 def test_printing_takes_a_small_part_of_the_time(start: Start, witness: Witness) -> None:
     start("producer.py", "--interval", "0.05")
-    processor = start(command=patched("slow_json", "processor.py"))
-    moments = []
+    processor = start("processor.py", patches={"readers.slow_snapshots": 0.4})
+    times = []
     for number in (2, 3):
         wait_until(lambda: len(processor.snapshots) >= number, "a snapshot is printed")
-        moments.append(time.monotonic())
-    assert moments[1] - moments[0] > 4  # ten times the 0.4 s that a snapshot takes
+        times.append(time.monotonic())
+    assert times[1] - times[0] > 4  # ten times as long as it takes to print one

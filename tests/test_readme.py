@@ -1,7 +1,6 @@
 """The README: its commands run as they stand, its diffs apply, its quotes are exact."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -9,30 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from broker import PORT, ROOT, Broker, is_open
-from scripts import PARTIAL_ASSIGNMENT, SCRIPTS, TIMEOUT, Script, Start, wait_until
+from broker import ROOT, Broker
+from readme import blocks, copy_project, run, section
+from scripts import SCRIPTS, Start
 from witness import Witness
-
-README = (ROOT / "README.md").read_text()
-
-
-def section(heading: str) -> str:
-    """Return what follows a heading, up to the next one."""
-    _, found, rest = README.partition(f"\n## {heading}\n")
-    assert found, heading
-    return rest.partition("\n## ")[0]
-
-
-def blocks(text: str, language: str = "sh") -> list[str]:
-    """Return the code blocks in a language, without the indentation of a list."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
-    return [re.sub(f"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
-
-
-def copy_project(folder: Path) -> Path:
-    """Copy the project to `folder`, as git would."""
-    ignored = shutil.ignore_patterns(".*", "__pycache__")
-    return shutil.copytree(ROOT, folder / "kafka-practice", ignore=ignored)
 
 
 @pytest.fixture
@@ -47,81 +26,10 @@ def project(tmp_path: Path, broker: Broker) -> Path:
     return project
 
 
-def run(start: Start, folder: Path, command: str) -> str:
-    """Run a block in bash, with the Python of the tests; return what it prints."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    script = start(command=["bash", "-c", f"cd {folder}\n{command}"], environment={"PATH": path})
-    assert script.wait(3 * TIMEOUT) == 0, script.err
-    return script.out
-
-
-@pytest.mark.xdist_group("port 9092")
-def test_the_quick_start_works_without_docker(tmp_path: Path, start: Start) -> None:
-    if is_open(PORT):
-        pytest.skip(f"port {PORT} is in use")
-    quick_start = section("Quick start")
-    clone_and_create, in_two_minutes, _, start_broker, look_at_group = blocks(quick_start)
-    activate = ". .venv/bin/activate"
-    assert f"`{activate}`" in quick_start
-    clone, create = clone_and_create.splitlines()
-    assert re.fullmatch(r"git clone \S+ kafka-practice && cd kafka-practice", clone)
-    project = copy_project(tmp_path)
-    # Without the virtual environment of the tests: the quick start creates its own.
-    path = os.environ["PATH"].replace(str(Path(sys.executable).parent), "")
-    kept = ("HOME", "LANG", "TMPDIR", "JDK_JAVA_OPTIONS", "PIP_", "SSL_")
-    clean = {name: value for name, value in os.environ.items() if name.startswith(kept)}
-
-    def terminal(*lines: str) -> Script:
-        arguments = [f"{name}={value}" for name, value in (clean | {"PATH": path}).items()]
-        block = "\n".join((f"cd {project}", *lines))
-        return start(command=["env", "-i", *arguments, "bash", "-c", block], address="")
-
-    first_try = terminal(create, in_two_minutes)
-    assert first_try.wait(3 * TIMEOUT) == 0, first_try.err
-    [counts] = first_try.snapshots
-    assert sum(number for actions in counts.values() for number in actions.values()) == 100
-
-    broker = terminal(activate, start_broker)
-    wait_until(lambda: "ready" in broker.out or broker.process.poll(), "it is ready", 3 * TIMEOUT)
-    assert broker.process.poll() is None, broker.err
-    for script in SCRIPTS:
-        assert f"`python {script}`" in quick_start
-    producer = terminal(activate, "exec python producer.py")
-    wait_until(lambda: producer.lines, "an event is printed")
-    consumer = terminal(activate, "exec python consumer.py")
-    report = "--- assigned partitions of events: 0, 1, 2"
-    assert f"`{report}`" in quick_start
-    wait_until(lambda: f"{report}\n" in consumer.err, "it is assigned all partitions")
-    second_consumer = terminal(activate, "exec python consumer.py")
-    one_partition = re.compile(r"^--- assigned partitions of events: \d$", re.MULTILINE)
-    wait_until(lambda: one_partition.search(second_consumer.err), "it is assigned one")
-    processor = terminal(activate, "exec python processor.py")
-    assert re.search(f"`{PARTIAL_ASSIGNMENT}`", quick_start)
-    wait_until(lambda: re.search(PARTIAL_ASSIGNMENT, processor.err), "it is assigned one as well")
-    wait_until(lambda: processor.snapshots, "it prints counts")
-
-    group = terminal(activate, look_at_group)
-    assert group.wait() == 0
-    assert group.out.count("'client_id': 'consumer.py'") == 2
-    assert group.out.count("'client_id': 'processor.py'") == 1
-    assert "'lag': " in group.out
-
-    for stopped in (producer, consumer, second_consumer, processor):
-        assert stopped.stop() == 0
-    read_again = blocks(section("Things to try"))[0]
-    assert "reset-offsets" in read_again
-    assert terminal(activate, read_again).wait() == 0
-    consumer = terminal(activate, "exec python consumer.py")
-    wait_until(
-        lambda: sorted(consumer.lines) == sorted(producer.lines), "it reads everything again"
-    )
-    assert consumer.stop() == 0
-
-
 def test_quoted_loops_are_those_of_the_scripts() -> None:
     quotes = blocks(section("The code"), "python")
     for script, quote in zip(("consumer.py", "processor.py"), quotes, strict=True):
-        assert f"{quote}" in (ROOT / script).read_text()
+        assert quote in (ROOT / script).read_text()
         assert quote.startswith("    for batches in polls(")
         assert len(quote.splitlines()) <= 10
 
@@ -203,24 +111,3 @@ def test_the_scripts_can_be_changed_to_another_subject(
     assert all(line.startswith("--- ") for line in reports)
     assert len(reports) < 6
     assert {"order-watchers", "order-counts"} <= {*witness.groups()}
-
-
-def test_without_error_handling_a_missing_broker_is_one_traceback_after_10_s(
-    tmp_path: Path, start: Start
-) -> None:
-    removal = blocks(section("Make it yours"), "diff")[1]
-    [delete] = blocks(section("Make it yours"))
-    for name in SCRIPTS:
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "removal.diff").write_text(removal)
-    subprocess.run(
-        ["bash", "-c", f"{delete}git apply --unidiff-zero removal.diff"], cwd=tmp_path, check=True
-    )
-    scripts = [
-        start(command=[sys.executable, str(tmp_path / name)], address="localhost:1")
-        for name in SCRIPTS
-    ]
-    for script in scripts:
-        assert script.wait(25) == 1
-        assert script.err.count("Traceback") == 1
-        assert script.err.splitlines()[-1].startswith("kafka.errors.KafkaTimeoutError")

@@ -1,161 +1,113 @@
-"""Topics that are missing, deleted or changed, on a cluster that does not create them."""
+"""A topic that is missing or changes, on a cluster that does not create topics by itself."""
 
-import re
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+import reports
 from broker import Broker
-from conftest import CHEAP_BROKER
+from broker_settings import WITHOUT_TOPIC_CREATION
 from events import counts_of, event, event_lines, sum_of_counts
+from proxy import Proxy, add_proxy
 from scripts import (
-    MISSING_TOPIC,
-    NO_PARTITIONS,
     Script,
     Start,
-    assert_few_plain_lines,
+    assert_clean_stop,
+    assert_plain_stderr,
     frozen,
     printed_lines,
     send_events,
     wait_until,
 )
-from witness import TOPIC, Witness
-
-pytestmark = pytest.mark.xdist_group("topics")  # one process, and so one broker
+from witness import Witness
 
 
 @pytest.fixture(scope="module")
-def shared_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    environment = CHEAP_BROKER | {"KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false"}
-    with Broker(tmp_path_factory.mktemp("broker"), environment=environment) as broker:
-        yield broker
+def shared_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Broker, Proxy]]:
+    """A broker that does not create topics, instead of the usual one."""
+    folder = tmp_path_factory.mktemp("broker")
+    broker = Broker(folder, environment=WITHOUT_TOPIC_CREATION)
+    proxy = add_proxy(broker)
+    with broker:
+        yield broker, proxy
 
 
-def running_readers(start: Start, witness: Witness) -> tuple[Script, Script]:
-    """Return a consumer and a processor, each alone in its group, that have read everything."""
-    consumer, processor = start("consumer.py"), start("processor.py", "--group", "counting")
-    expected = len(witness.messages())
-    wait_until(lambda: len(consumer.lines) == expected, "the consumer has printed everything")
-    wait_until(lambda: processor.snapshots, "the processor has counted everything")
-    return consumer, processor
+def start_readers(start: Start) -> tuple[Script, Script]:
+    """Start a consumer and a processor in separate groups."""
+    return start("consumer.py"), start("processor.py", "--group", "counting")
 
 
-def test_readers_notice_added_partitions(start: Start, witness: Witness) -> None:
-    witness.create_topic(3)
-    send_events(start, 100)
-    consumer, processor = running_readers(start, witness)
-    witness.add_partitions(5)
-    witness.write((number % 5, None, event(f"user {number}")) for number in range(50))
-    send_events(start, 100)  # by a producer that knows all five
-    messages = witness.messages()
-    assert {message.partition for message in messages} == {0, 1, 2, 3, 4}
-    # It may take 10 s (metadata_max_age_ms).
-    wait_until(lambda: processor.snapshots[-1] == counts_of(messages), "everything is counted", 30)
-    wait_until(
-        lambda: printed_lines(consumer) == event_lines(messages), "everything is printed", 30
-    )
-    for script in (consumer, processor):
-        assert script.stop() == 0
-        assert "0, 1, 2, 3, 4" in script.err
-
-
-def test_readers_continue_after_deleted_events(start: Start, witness: Witness) -> None:
-    witness.create_topic(3)
-    send_events(start, 200)
-    before = witness.messages()
-    consumer, processor = running_readers(start, witness)
-    with frozen(consumer, processor):  # or they might read the events that are deleted
-        time.sleep(1)  # a fetch that has been sent returns without events
-        witness.write((number % 3, b"k", event("deleted")) for number in range(300))
-        witness.delete_events_before({m.partition: m.offset + 1 for m in witness.messages()})
-        witness.write((number % 3, b"k", event("kept")) for number in range(30))
-        after = witness.messages()
-        assert len(after) == 30
-    expected = sum_of_counts(counts_of(before), counts_of(after))
-    wait_until(lambda: processor.snapshots[-1] == expected, "it counts what is kept")
-    wait_until(lambda: {*event_lines(after)} <= {*consumer.lines}, "what is kept is printed")
-    for script in (consumer, processor):
-        assert script.stop() == 0
-        assert "Traceback" not in script.err
-
-
-def test_readers_wait_for_a_missing_topic_and_the_producer_exits(
-    start: Start, witness: Witness
-) -> None:
-    readers = [start("consumer.py"), start("processor.py", "--group", "counting")]
+def test_a_missing_topic_is_reported_and_waited_for(start: Start, witness: Witness) -> None:
+    consumer, processor = readers = start_readers(start)
     producer = start("producer.py")
     assert producer.wait(30) == 1
     assert producer.out == ""
-    match = re.fullmatch(MISSING_TOPIC, producer.err)
-    assert match
+    [command] = producer.find(reports.NO_TOPIC)
     for reader in readers:
-        wait_until(lambda: NO_PARTITIONS in reader.err, "it reports why it waits")
-    command = shlex.split(match[1])
-    assert command[0] == "python"
-    admin = start(command=[sys.executable, *command[1:]])
+        wait_until(lambda: reader.find(reports.NO_PARTITIONS), "it reports why it waits")
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    admin = start(command=[sys.executable, *arguments])
     assert admin.wait() == 0, admin.err
     assert witness.partitions() == [0, 1, 2]
-    sent = send_events(start, 50)
-    consumer, processor = readers
-    wait_until(lambda: sorted(consumer.lines) == sorted(sent.lines), "all events are printed")
-    wait_until(lambda: processor.snapshots, "all events are counted")
-    for reader in readers:
-        assert reader.stop() == 0
-        assert_few_plain_lines(reader)
-        assert reader.err.count(NO_PARTITIONS) == 1
+    sent = printed_lines(send_events(start, 50))
+    wait_until(lambda: printed_lines(consumer) == sent, "all events are printed")
+    wait_until(lambda: processor.snapshots, "they are counted")
+    assert_clean_stop(*readers)
+    assert all(len(reader.find(reports.NO_PARTITIONS)) == 1 for reader in readers)
 
 
-def test_a_signal_stops_a_producer_that_waits_for_the_topic(start: Start, broker: Broker) -> None:
-    producer = start("producer.py")
-    wait_until(producer.is_connected, "it is connected")
-    assert producer.stop(timeout=9) == -2  # at once, not with status 1 after 15 s
-    assert "Traceback" not in producer.err
-
-
-def test_ctrl_c_stops_the_producer_of_a_deleted_topic(start: Start, witness: Witness) -> None:
-    witness.create_topic(3)
-    producer = start("producer.py", "--interval", "0.01")
-    wait_until(lambda: len(producer.lines) > 20, "it is running")
-    witness.delete_topics(TOPIC)
-
-    def is_stuck() -> bool:
-        lines = len(producer.lines)
-        time.sleep(1)
-        return len(producer.lines) == lines
-
-    wait_until(is_stuck, "nothing is acknowledged any more")
-    assert producer.stop(timeout=20) == 1
-    assert_few_plain_lines(producer)
-    assert re.fullmatch(r"--- \d+ delivered, \d+ failed", producer.err.splitlines()[-1])
-
-
-def test_ctrl_c_stops_readers_without_a_topic_and_with_a_frozen_broker(
+def test_ctrl_c_without_a_topic_and_with_an_unresponsive_broker(
     start: Start, broker: Broker, witness: Witness
 ) -> None:
-    readers = [start("consumer.py"), start("processor.py", "--group", "counting")]
+    readers = start_readers(start)
     wait_until(
-        lambda: witness.assignments() and witness.assignments("counting"),
-        "both have joined their groups",
+        lambda: witness.assignments() and witness.assignments("counting"), "they have joined"
     )
     with frozen(broker):
-        time.sleep(3)
+        time.sleep(3)  # so that they notice
         for reader in readers:
             reader.process.send_signal(signal.SIGINT)
         for reader in readers:
             assert reader.wait(15) == 0
-            assert_few_plain_lines(reader)
+            assert_plain_stderr(reader)
 
 
-def test_readers_report_that_the_group_has_no_coordinator(start: Start, tmp_path: Path) -> None:
-    """Kafka's default is three replicas of the committed offsets; there is one broker."""
-    environment = {"KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR": "3"}
-    with Broker(tmp_path, environment=environment) as broker:
-        readers = [start(name, address=broker.address) for name in ("consumer.py", "processor.py")]
-        for reader in readers:
-            wait_until(lambda: NO_PARTITIONS in reader.err, "it reports why it waits", 20)
-            assert reader.stop(timeout=15) == 0
-            assert_few_plain_lines(reader)
+def test_partitions_that_are_added_are_read(start: Start, witness: Witness) -> None:
+    witness.create_topic(3)
+    send_events(start, 100)
+    consumer, processor = readers = start_readers(start)
+    wait_until(lambda: len(consumer.lines) == 100 and processor.snapshots, "they have read it all")
+    witness.add_partitions(5)
+    witness.write((number % 5, b"key", event(f"user {number}")) for number in range(50))
+    log = witness.messages()
+    # They look for new partitions every 10 s.
+    wait_until(lambda: processor.snapshots[-1] == counts_of(log), "all are counted", 30)
+    wait_until(lambda: printed_lines(consumer) == event_lines(log), "all are printed", 30)
+    assert_clean_stop(*readers)
+    assert all(reader.assigned == [0, 1, 2, 3, 4] for reader in readers)
+
+
+def test_events_that_are_deleted_while_scripts_run_are_skipped(
+    start: Start, witness: Witness
+) -> None:
+    witness.create_topic(3)
+    send_events(start, 200)
+    before = witness.messages()
+    consumer, processor = readers = start_readers(start)
+    wait_until(lambda: len(consumer.lines) == 200 and processor.snapshots, "they have read it all")
+    with frozen(*readers):  # so they cannot read the next events before those are deleted
+        time.sleep(1)  # a fetch that is waiting comes back empty
+        witness.write((number % 3, b"key", event("deleted")) for number in range(300))
+        log_ends = {message.partition: message.offset + 1 for message in witness.messages()}
+        witness.delete_events_before(log_ends)
+        witness.write((number % 3, b"key", event("left")) for number in range(30))
+        after = witness.messages()
+        assert len(after) == 30
+    expected = sum_of_counts(counts_of(before), counts_of(after))
+    wait_until(lambda: processor.snapshots[-1] == expected, "what is left is counted")
+    wait_until(lambda: {*event_lines(after)} <= {*consumer.lines}, "what is left is printed")
+    assert_clean_stop(*readers)

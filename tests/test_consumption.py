@@ -1,0 +1,135 @@
+"""Consumers: each event is printed at least once, and committed only after it was printed."""
+
+import contextlib
+import os
+import shlex
+import signal
+from collections import Counter
+
+import pytest
+from events import event, event_line, event_lines
+from scripts import (
+    Pipe,
+    Start,
+    assert_clean_stop,
+    printed_lines,
+    script_command,
+    send_events,
+    wait_until,
+)
+from witness import Witness
+
+
+def test_a_restarted_consumer_neither_repeats_nor_misses_events(
+    start: Start, witness: Witness
+) -> None:
+    producers, consumers = [], []
+    for _ in range(2):
+        producers.append(send_events(start, 300))
+        log_ends = {message.partition: message.offset + 1 for message in witness.messages()}
+        consumers.append(start("consumer.py"))
+        sent = printed_lines(*producers)
+        wait_until(lambda: printed_lines(*consumers) == sent, "the new events are printed")
+        wait_until(lambda: witness.committed() == log_ends, "they are committed")
+        producers.append(send_events(start, 300))
+        sent = printed_lines(*producers)
+        wait_until(lambda: printed_lines(*consumers) == sent, "so are those that arrive later")
+        assert_clean_stop(consumers[-1])
+    assert printed_lines(*consumers) == printed_lines(*producers)
+
+
+def test_consumers_that_join_and_leave_print_each_event_once(
+    start: Start, witness: Witness
+) -> None:
+    producer = start("producer.py", "--interval", "0.01")
+    consumers = [start("consumer.py")]
+    for _ in range(3):
+        printed = len(printed_lines(*consumers))
+        wait_until(lambda: len(printed_lines(*consumers)) > printed + 50, "events are printed")
+        consumers.append(start("consumer.py"))
+        wait_until(lambda: consumers[-1].lines, "the new consumer prints some")
+        assert_clean_stop(consumers[-2])
+    assert_clean_stop(producer)
+    sent = printed_lines(producer)
+    wait_until(lambda: len(printed_lines(*consumers)) >= len(sent), "all events are printed")
+    assert_clean_stop(consumers[-1])
+    assert printed_lines(*consumers) == sent
+
+
+def test_no_event_is_lost_when_a_consumer_is_killed(start: Start, witness: Witness) -> None:
+    producer = start("producer.py", "--interval", "0.01")
+    killed, survivor = start("consumer.py"), start("consumer.py")
+    wait_until(lambda: witness.group_is_balanced(2), "they share the partitions")
+    wait_until(lambda: len(killed.lines) > 50 and len(survivor.lines) > 50, "both are at work")
+    killed.stop(signal.SIGKILL)
+    committed = witness.committed()
+    wait_until(lambda: witness.group_is_balanced(1), "the survivor has all partitions", 20)
+    assert_clean_stop(producer)
+    log = witness.messages()
+    everything = {*event_lines(log)}
+    # The last line of the killed consumer may be cut off; `lines` does not contain it then.
+    wait_until(lambda: {*killed.lines, *survivor.lines} == everything, "no event is missing")
+    assert_clean_stop(survivor)
+    assert Counter(survivor.lines).most_common(1)[0][1] == 1
+    before_commit = {event_line(m) for m in log if m.offset < committed.get(m.partition, 0)}
+    assert not before_commit & {*killed.lines} & {*survivor.lines}
+
+
+def test_a_consumer_commits_nothing_that_it_could_not_print(
+    start: Start, witness: Witness, pipe: Pipe
+) -> None:
+    witness.create_topic(1)
+    # 7 kB: a single poll() and, as Python buffers 8 kB, a single write().
+    witness.write([(0, b"key", event())] * 60)
+    os.set_blocking(pipe.write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(pipe.write_end, b"\n" * 4096)
+    os.read(pipe.read_end, 4096)  # the pipe was full; now there is room for half of the events
+    consumer = start("consumer.py", stdout=pipe.write_end)
+    wait_until(pipe.is_full, "the pipe is full again")
+    committed = witness.committed().get(0, 0)
+    assert consumer.stop(signal.SIGKILL) == -signal.SIGKILL
+    *printed, _ = pipe.read().decode().lstrip("\n").split("\n")
+    assert 0 < len(printed) < 60
+    assert committed <= len(printed)
+    successor = start("consumer.py")
+    everything = {*event_lines(witness.messages())}
+    wait_until(lambda: {*printed, *successor.lines} == everything, "no event is lost")
+    assert_clean_stop(successor)
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+def test_without_a_working_stdout_nothing_is_committed(
+    redirection: str, start: Start, witness: Witness
+) -> None:
+    send_events(start, 9)
+    for name in ("consumer.py", "processor.py"):
+        command = f"{shlex.join(script_command(name))} {redirection}"
+        script = start(command=["bash", "-c", command])
+        assert script.wait() != 0
+        assert "OSError" in script.err
+    assert witness.committed() == {}
+
+
+def test_a_full_non_blocking_pipe_loses_no_line(start: Start, witness: Witness, pipe: Pipe) -> None:
+    send_events(start, 5000)
+    os.set_blocking(pipe.write_end, False)  # as some parents (ssh, node) leave it
+    # Usual in containers; Python's own stdout then loses what a full pipe does not take.
+    unbuffered = {"PYTHONUNBUFFERED": "1"}
+    consumer = start("consumer.py", stdout=pipe.write_end, environment=unbuffered)
+    wait_until(pipe.is_full, "the pipe is full")
+    wait_until(lambda: pipe.read().count(b"\n") == 5000, "all events are printed")
+    wait_until(lambda: sum(witness.committed().values()) == 5000, "all are committed")
+    assert_clean_stop(consumer)
+    assert sorted(pipe.read().decode().splitlines()) == event_lines(witness.messages())
+
+
+def test_a_failed_commit_is_made_up_for(start: Start, witness: Witness) -> None:
+    witness.create_topic(1)
+    witness.write([(0, b"key", event())] * 60)
+    consumer = start("consumer.py", patches={"readers.lose_commits": 3})
+    wait_until(lambda: len(consumer.lines) == 60, "all events are printed")
+    wait_until(lambda: witness.committed() == {0: 60}, "they are committed, though no more arrive")
+    assert_clean_stop(consumer)
+    assert len(consumer.lines) == 60
