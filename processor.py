@@ -34,7 +34,7 @@ SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and
 }
 log = logging.getLogger("processor.py")
 signals_received: list[float] = []  # when Ctrl-C or SIGTERM arrived; stops the loop
-NO_PARTITIONS = "none; the other members have them all, or topic, access or coordinator is missing"
+NO_PARTITIONS = "none; the other members have them all, or there is no topic, access or coordinator"
 Batches = dict[TopicPartition, list[Any]]  # what a poll() returns: messages by partition
 
 
@@ -215,9 +215,9 @@ class Report:
 
 # Error handling, down to finish(). A reader may skip it, and delete it (see README.md).
 def polls(consumer: KafkaConsumer, rewind: Callable[[], None]) -> Iterator[Batches]:
-    """Yield what each poll() returns, until a signal is received; when Kafka fails, try again.
+    """Yield what each poll() returns, until a signal is received. If poll() raises, try again.
 
-    rewind() seeks back to the first event not handled yet: a poll() that raises may skip events.
+    rewind() seeks back to the first event that is not handled: a poll() that raises may skip some.
     """
     failures = 0
     while not signals_received:
@@ -225,13 +225,13 @@ def polls(consumer: KafkaConsumer, rewind: Callable[[], None]) -> Iterator[Batch
             if failures:
                 rewind()
             if consumer.group_metadata().state == MemberState.REBALANCING:
-                # Private, as nothing public does it. Without it, a member whose join takes longer
-                # than a poll() may stay without partitions (in the Java client: KAFKA-9815).
+                # Private: no public call asks for a rejoin. Without it, a member whose join takes
+                # longer than a poll() may never be assigned partitions (compare KAFKA-9815).
                 consumer._coordinator.request_rejoin()
             batches = consumer.poll(timeout_ms=250)
             failures = 0
         except errors.CorruptRecordError as error:
-            sys.exit(f"--- cannot read events: {error}")  # poll() would raise it again, for ever
+            sys.exit(f"--- cannot read events: {error}")  # each further poll() would raise it
         except errors.KafkaError as error:
             failures += 1
             if failures == 3:  # most errors pass sooner
