@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from broker import Broker, free_port
 
 # Kafka's numbers for kinds of requests, for Proxy.pass_response.
-PRODUCE, HEARTBEAT, SYNC_GROUP = 0, 12, 14
+PRODUCE, OFFSET_COMMIT, HEARTBEAT, SYNC_GROUP = 0, 8, 12, 14
 
 
 class Proxy:

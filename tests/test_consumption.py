@@ -4,10 +4,12 @@ import contextlib
 import os
 import shlex
 import signal
+import threading
 from collections import Counter
 
 import pytest
 from events import event, event_line, event_lines
+from proxy import OFFSET_COMMIT, Proxy
 from scripts import (
     Pipe,
     Start,
@@ -133,3 +135,16 @@ def test_a_failed_commit_is_made_up_for(start: Start, witness: Witness) -> None:
     wait_until(lambda: witness.committed() == {0: 60}, "they are committed, though no more arrive")
     assert_clean_stop(consumer)
     assert len(consumer.lines) == 60
+
+
+def test_ctrl_c_stops_a_consumer_whose_commit_is_not_answered(
+    start: Start, witness: Witness, proxy: Proxy
+) -> None:
+    witness.create_topic(1)
+    witness.write([(0, b"key", event())])
+    answer = threading.Event()
+    proxy.pass_response = lambda api_key: api_key != OFFSET_COMMIT or answer.wait()
+    consumer = start("consumer.py", address=proxy.address)
+    wait_until(lambda: consumer.lines, "the event is printed")
+    assert consumer.stop(timeout=15) == 0  # about 10 s
+    answer.set()
