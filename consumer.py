@@ -99,7 +99,7 @@ class Assignment(ConsumerRebalanceListener):
     on_partitions_revoked = on_partitions_assigned
 
     def report_change(self) -> None:
-        """Report the assignment once after each change, but having none only after 5 s."""
+        """Report the assignment once after each change; an empty one only if it lasts for 5 s."""
         partitions = ", ".join(str(number) for _, number in sorted(self.consumer.assignment()))
         if not self.reported and (partitions or time.monotonic() > self.last_change + 5):
             self.reported = True

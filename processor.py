@@ -168,7 +168,7 @@ class Report:
         self.snapshot, self.next_snapshot = "", time.monotonic() + 1
 
     def report_assignment(self) -> None:
-        """Report the assigned partitions if they have changed; none only if that lasts for 5 s."""
+        """Report the assignment once after each change; an empty one only if it lasts for 5 s."""
         assigned = sorted(number for _, number in self.counts.partitions)
         settled = assigned or time.monotonic() > self.counts.last_rebalance + 5
         if self.last_rebalance == self.counts.last_rebalance or not settled:
