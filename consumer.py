@@ -60,14 +60,14 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
 
 def consume(consumer: KafkaConsumer) -> None:
     """Print the events and commit what has been printed, until a signal is received."""
-    assignment, committed = Assignment(consumer), True
+    assignment, commit_pending = Assignment(consumer), False
     consumer.subscribe([TOPIC], listener=assignment)
     for batches in polls(consumer, assignment.rewind):
         assignment.report_change()
         print_events(batches)
         # Commit only now: after a crash before this line, the events are printed again, not lost.
-        if batches or not committed:
-            committed = commit(consumer)
+        if batches or commit_pending:
+            commit_pending = not commit(consumer)
 
 
 def print_events(batches: Batches) -> None:
@@ -111,7 +111,7 @@ class Assignment(ConsumerRebalanceListener):
             self.consumer.seek(partition, self.consumer.committed(partition, timeout_ms=5_000) or 0)
 
 
-# Error handling, down to finish(). A reader may skip it, and delete it (see README.md).
+# Error handling, down to request_stop(). A reader may skip it, and delete it (see README.md).
 def commit(consumer: KafkaConsumer) -> bool:
     """Commit the position in each partition; return False if that is to be tried again."""
     try:
@@ -156,7 +156,7 @@ class BrokerStatus(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.addresses: dict[Any, str] = {}  # by node ID
-        self.unreachable: dict[str, bool] = {}  # by address; True if the login has failed
+        self.login_failed: dict[str, bool] = {}  # by address, as long as it is unreachable
 
     def emit(self, record: Any) -> None:
         # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
@@ -165,7 +165,7 @@ class BrokerStatus(logging.Handler):
             self.addresses[node_id] = f"{host}:{port}"
         elif record.msg == "%s: Connected":
             address = self.addresses.get(record.args[0].node_id, "Kafka")
-            if self.unreachable.pop(address, None) is not None:
+            if self.login_failed.pop(address, None) is not None:
                 log.info("connected to %s", address)
         elif record.msg == "%s: Connection lost: %s":
             connection, error = record.args
@@ -175,8 +175,8 @@ class BrokerStatus(logging.Handler):
                 return  # slow, perhaps; if it is unreachable, the next connection fails
             at_login = isinstance(error.__context__, ssl.SSLError)  # in the TLS handshake
             at_login = at_login or bool(SECURITY_SETTINGS and connection.parser and not ready)
-            if address not in self.unreachable or (at_login and not self.unreachable[address]):
-                self.unreachable[address] = at_login
+            if address not in self.login_failed or (at_login and not self.login_failed[address]):
+                self.login_failed[address] = at_login
                 reason = f"during login: {error}" if at_login else error
                 log.warning("no connection to %s (%s); retrying", address, reason)
 
@@ -198,7 +198,7 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
     sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS}; start one with {start}")
 
 
-def finish(signum: int, _: Any) -> None:
+def request_stop(signum: int, _: Any) -> None:
     """Let the loop finish the batch in hand. A second Ctrl-C exits at once."""
     now = time.monotonic()
     if signals_received and now > signals_received[0] + 0.5:  # timeout(1) sends two at once
@@ -217,7 +217,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish
     consumer = connect(create_consumer, group)
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, finish)
+        signal.signal(signum, request_stop)
     try:
         consume(consumer)
     except BrokenPipeError:  # the reader of a pipe, such as head, has exited

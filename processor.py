@@ -70,7 +70,7 @@ def process(consumer: KafkaConsumer, once: bool) -> None:
         counts.add(batches)
         report.report_assignment()
         report.print_snapshot_if_due()
-        if once and report.snapshot:
+        if once and report.last_snapshot:
             break
     report.print_snapshot(counts.remaining())
 
@@ -163,31 +163,31 @@ class Report:
 
     def __init__(self, consumer: KafkaConsumer, counts: Counts) -> None:
         self.consumer, self.counts = consumer, counts
-        self.last_rebalance = 0.0  # after which the assignment was reported
-        self.partial_assignment = ""  # the line that reported it; empty if it is all partitions
-        self.snapshot, self.next_snapshot = "", time.monotonic() + 1
+        self.reported_rebalance = 0.0  # after which the assignment was reported
+        self.reminder = ""  # what reports a partial assignment; empty if it is all partitions
+        self.last_snapshot, self.next_snapshot = "", time.monotonic() + 1
 
     def report_assignment(self) -> None:
         """Report the assignment once after each change; an empty one only if it lasts for 5 s."""
         assigned = sorted(number for _, number in self.counts.partitions)
         settled = assigned or time.monotonic() > self.counts.last_rebalance + 5
-        if self.last_rebalance == self.counts.last_rebalance or not settled:
+        if self.reported_rebalance == self.counts.last_rebalance or not settled:
             return
-        self.last_rebalance = self.counts.last_rebalance
+        self.reported_rebalance = self.counts.last_rebalance
         numbers = ", ".join(map(str, assigned))
         if assigned and len(assigned) == len(self.consumer.partitions_for_topic(TOPIC)):
-            self.partial_assignment = ""
+            self.reminder = ""
             log.info("counting partitions of %s: %s (all)", TOPIC, numbers)
         else:
             part = f"{numbers}; other members have the rest" if assigned else NO_PARTITIONS
-            self.partial_assignment = f"counting partitions of {TOPIC}: {part}"
-            self.partial_assignment += " (--group NAME counts all)"
-            log.info(self.partial_assignment)
+            self.reminder = f"counting partitions of {TOPIC}: {part}"
+            self.reminder += " (--group NAME counts all)"
+            log.info(self.reminder)
 
     def print_snapshot_if_due(self) -> None:
         """Print the first snapshot as soon as the counts are whole, later ones once a second."""
         remaining, started = self.counts.remaining(), time.monotonic()
-        if started >= self.next_snapshot or (remaining == 0 and not self.snapshot):
+        if started >= self.next_snapshot or (remaining == 0 and not self.last_snapshot):
             self.print_snapshot(remaining)
             # Print for at most a sixteenth of the time, but never pause for more than 30 s.
             self.next_snapshot = started + min(30, max(1, 15 * (time.monotonic() - started)))
@@ -206,14 +206,14 @@ class Report:
             log.info("catching up: %s events to go", f"{remaining:,}")
             return
         snapshot = json.dumps(self.counts.by_user(), indent=2, sort_keys=True)
-        if snapshot != self.snapshot and (self.counts.partitions or self.snapshot):
-            self.snapshot = snapshot
+        if snapshot != self.last_snapshot and (self.counts.partitions or self.last_snapshot):
+            self.last_snapshot = snapshot
             print(snapshot, flush=True)
-            if self.partial_assignment and sys.stdout.isatty() and sys.stderr.isatty():
-                log.info(self.partial_assignment)  # the snapshot has scrolled it away
+            if self.reminder and sys.stdout.isatty() and sys.stderr.isatty():
+                log.info(self.reminder)  # the snapshot has scrolled it away
 
 
-# Error handling, down to finish(). A reader may skip it, and delete it (see README.md).
+# Error handling, down to request_stop(). A reader may skip it, and delete it (see README.md).
 def polls(consumer: KafkaConsumer, rewind: Callable[[], None]) -> Iterator[Batches]:
     """Yield what each poll() returns, until a signal is received. If poll() raises, try again.
 
@@ -247,7 +247,7 @@ class BrokerStatus(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.addresses: dict[Any, str] = {}  # by node ID
-        self.unreachable: dict[str, bool] = {}  # by address; True if the login has failed
+        self.login_failed: dict[str, bool] = {}  # by address, as long as it is unreachable
 
     def emit(self, record: Any) -> None:
         # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
@@ -256,7 +256,7 @@ class BrokerStatus(logging.Handler):
             self.addresses[node_id] = f"{host}:{port}"
         elif record.msg == "%s: Connected":
             address = self.addresses.get(record.args[0].node_id, "Kafka")
-            if self.unreachable.pop(address, None) is not None:
+            if self.login_failed.pop(address, None) is not None:
                 log.info("connected to %s", address)
         elif record.msg == "%s: Connection lost: %s":
             connection, error = record.args
@@ -266,8 +266,8 @@ class BrokerStatus(logging.Handler):
                 return  # slow, perhaps; if it is unreachable, the next connection fails
             at_login = isinstance(error.__context__, ssl.SSLError)  # in the TLS handshake
             at_login = at_login or bool(SECURITY_SETTINGS and connection.parser and not ready)
-            if address not in self.unreachable or (at_login and not self.unreachable[address]):
-                self.unreachable[address] = at_login
+            if address not in self.login_failed or (at_login and not self.login_failed[address]):
+                self.login_failed[address] = at_login
                 reason = f"during login: {error}" if at_login else error
                 log.warning("no connection to %s (%s); retrying", address, reason)
 
@@ -289,7 +289,7 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
     sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS}; start one with {start}")
 
 
-def finish(signum: int, _: Any) -> None:
+def request_stop(signum: int, _: Any) -> None:
     """Let the loop finish the batch in hand. A second Ctrl-C exits at once."""
     now = time.monotonic()
     if signals_received and now > signals_received[0] + 0.5:  # timeout(1) sends two at once
@@ -309,7 +309,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish
     consumer = connect(create_consumer, options.group)
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, finish)
+        signal.signal(signum, request_stop)
     try:
         process(consumer, options.once)
     except BrokenPipeError:  # the reader of a pipe, such as head, has exited

@@ -71,16 +71,16 @@ def create_producer(**settings: Any) -> KafkaProducer:
     sys.exit(f"--- topic {TOPIC} is missing or forbidden; create it: `{create} --num-partitions 3`")
 
 
-def produce(producer: KafkaProducer, events: "Deliveries", count: float, interval: float) -> None:
+def produce(deliveries: "Deliveries", count: float, interval: float) -> None:
     """Send an event per interval, until `count` are delivered, one fails or a signal arrives."""
     sent, next_send = 0, time.monotonic()
-    while not (signals_received or events.failed or events.delivered >= count):
-        if sent < count and time.monotonic() >= next_send and len(events.pending) < 10_000:
-            events.send(producer, random_event())
+    while not (signals_received or deliveries.failed or deliveries.delivered >= count):
+        if sent < count and time.monotonic() >= next_send and len(deliveries.pending) < 10_000:
+            deliveries.send(random_event())
             sent, next_send = sent + 1, time.monotonic() + interval
         else:
             time.sleep(0.005)
-            events.report_acknowledged()
+            deliveries.report_acknowledged()
 
 
 class Pending(NamedTuple):
@@ -93,16 +93,16 @@ class Pending(NamedTuple):
 class Deliveries:
     """The events sent so far: which are pending, how many are delivered, how many have failed."""
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, producer: KafkaProducer, quiet: bool) -> None:
+        self.producer, self.quiet = producer, quiet
         self.pending: list[Pending] = []  # in the order in which they were sent
         self.delivered = self.failed = 0
         self.overdue = False
 
-    def send(self, producer: KafkaProducer, event: dict[str, Any]) -> None:
+    def send(self, event: dict[str, Any]) -> None:
         key, value = str(event["user_id"]), json.dumps(event)
         try:
-            future = producer.send(TOPIC, key=key.encode(), value=value.encode())
+            future = self.producer.send(TOPIC, key=key.encode(), value=value.encode())
             self.pending.append(Pending(time.monotonic(), key, value, future))
         except (errors.KafkaError, ValueError) as error:  # the topic was deleted, for example
             self.failed += 1
@@ -119,8 +119,8 @@ class Deliveries:
                 if self.failed == 1:
                     log.error("delivery failed: %s", event.future.exception)
             else:
-                sent = event.future.value
-                position = f"partition={sent.partition} offset={sent.offset}"
+                metadata = event.future.value
+                position = f"partition={metadata.partition} offset={metadata.offset}"
                 lines.append(f"{position} key={event.key} {event.value}\n")
         self.delivered += len(lines)
         self.warn_if_overdue()
@@ -138,7 +138,7 @@ class Deliveries:
         if self.overdue and not was_overdue:
             log.warning("oldest event unacknowledged for 5 s; %d events pending", len(self.pending))
 
-    def wait(self, seconds: float) -> None:
+    def wait_for_pending(self, seconds: float) -> None:
         """Wait until no event is pending, but not for longer than that."""
         deadline = time.monotonic() + seconds
         while self.pending and time.monotonic() < deadline:
@@ -146,14 +146,14 @@ class Deliveries:
             self.report_acknowledged()
 
 
-# Error handling, down to finish(). A reader may skip it, and delete it (see README.md).
+# Error handling, down to request_stop(). A reader may skip it, and delete it (see README.md).
 class BrokerStatus(logging.Handler):
     """Report unreachable brokers by what kafka-python logs: it has no public hook for them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.addresses: dict[Any, str] = {}  # by node ID
-        self.unreachable: dict[str, bool] = {}  # by address; True if the login has failed
+        self.login_failed: dict[str, bool] = {}  # by address, as long as it is unreachable
 
     def emit(self, record: Any) -> None:
         # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
@@ -162,7 +162,7 @@ class BrokerStatus(logging.Handler):
             self.addresses[node_id] = f"{host}:{port}"
         elif record.msg == "%s: Connected":
             address = self.addresses.get(record.args[0].node_id, "Kafka")
-            if self.unreachable.pop(address, None) is not None:
+            if self.login_failed.pop(address, None) is not None:
                 log.info("connected to %s", address)
         elif record.msg == "%s: Connection lost: %s":
             connection, error = record.args
@@ -172,8 +172,8 @@ class BrokerStatus(logging.Handler):
                 return  # slow, perhaps; if it is unreachable, the next connection fails
             at_login = isinstance(error.__context__, ssl.SSLError)  # in the TLS handshake
             at_login = at_login or bool(SECURITY_SETTINGS and connection.parser and not ready)
-            if address not in self.unreachable or (at_login and not self.unreachable[address]):
-                self.unreachable[address] = at_login
+            if address not in self.login_failed or (at_login and not self.login_failed[address]):
+                self.login_failed[address] = at_login
                 reason = f"during login: {error}" if at_login else error
                 log.warning("no connection to %s (%s); retrying", address, reason)
 
@@ -195,7 +195,7 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
     sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS}; start one with {start}")
 
 
-def finish(signum: int, _: Any) -> None:
+def request_stop(signum: int, _: Any) -> None:
     """Let the loop finish the batch in hand. A second Ctrl-C exits at once."""
     now = time.monotonic()
     if signals_received and now > signals_received[0] + 0.5:  # timeout(1) sends two at once
@@ -216,16 +216,16 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish
     producer = connect(create_producer)
-    deliveries = Deliveries(options.quiet)
+    deliveries = Deliveries(producer, options.quiet)
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, finish)
+        signal.signal(signum, request_stop)
     try:
-        produce(producer, deliveries, count, options.interval)
+        produce(deliveries, count, options.interval)
     finally:
-        deliveries.wait(1)
+        deliveries.wait_for_pending(1)
         if deliveries.pending:
             log.info("waiting up to 9 s for %d more acknowledgements", len(deliveries.pending))
-            deliveries.wait(9)
+            deliveries.wait_for_pending(9)
         failed = deliveries.failed + len(deliveries.pending)  # the latter may be in the log
         log.info("%d delivered, %d failed", deliveries.delivered, failed)
     if failed:
