@@ -8,13 +8,11 @@ noisy. "speed" is the plain loop's time divided by the script's: higher is faste
 """
 
 import argparse
-import functools
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -28,11 +26,12 @@ except ModuleNotFoundError as error:
 Run = tuple[float, float]  # seconds, and peak memory in MB
 
 
-def time_program(address: str, program: str, *arguments: str, lines: int = 0) -> Run:
-    """Time a program until it exits, or until it has printed that many lines and is killed."""
+def time_program(address: str, command: list[str], lines: int) -> Run:
+    """Time a program until it exits, or, if `lines` is not 0, until it has printed that many."""
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / program), *arguments],
+        [sys.executable, *command],
+        cwd=ROOT,
         env=os.environ | {"KAFKA_BOOTSTRAP_SERVERS": address},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -47,23 +46,9 @@ def time_program(address: str, program: str, *arguments: str, lines: int = 0) ->
     if lines:
         process.kill()
     _, process.returncode, usage = os.wait4(process.pid, 0)
-    assert seen >= lines if lines else process.returncode == 0, program
+    assert seen >= lines if lines else process.returncode == 0, command
     kilobyte = 1e6 if sys.platform == "darwin" else 1e3  # see ru_maxrss in getrusage(2)
     return seconds, usage.ru_maxrss / kilobyte
-
-
-def compare(name: str, events: int, plain: Callable[[], Run], script: Callable[[], Run]) -> None:
-    """Print a row for the script and one for the plain loop."""
-    runs = [(plain(), script()) for _ in range(3)]
-    (plain_seconds, plain_memory), (seconds, memory) = map(min, zip(*runs, strict=True))
-    for label, taken, megabytes in (
-        (name, seconds, memory),
-        ("  plain loop", plain_seconds, plain_memory),
-    ):
-        speed = f"{plain_seconds / taken:>8.2f}"
-        print(
-            f"{label:<16}{taken:>8.2f}{events / taken:>12,.0f}{speed}{megabytes:>9.0f}", flush=True
-        )
 
 
 def main() -> None:
@@ -72,43 +57,30 @@ def main() -> None:
     )
     parser.add_argument("--events", type=int, default=300_000, metavar="N")
     events = parser.parse_args().events
-    number = str(events)
+    comparisons = [  # script, its arguments, plain loop, lines after which both are killed
+        ("producer.py", ["--quiet", "--interval=0", f"--count={events}"], "produce", 0),
+        ("consumer.py", ["--group"], "consume", events),
+        ("processor.py", ["--once", "--group"], "process", 0),
+    ]
     Broker.java_options = ()
+    print(f"{'program':<16}{'seconds':>8}{'events/s':>12}{'speed':>8}{'peak MB':>9}")
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), [free_port()]) as cluster:
-        run = functools.partial(time_program, cluster.address)
-        plain = functools.partial(run, "tests/plain_loops.py")
         witness = Witness(cluster.address)
-
-        def produce(time_producer: Callable[[], Run]) -> Run:
-            """Time a producer that begins with an empty topic."""
-            witness.delete_everything()
-            witness.create_topic(3)
-            return time_producer()
-
-        def group() -> str:
-            return f"--group={uuid4()}"  # one that has committed nothing
-
-        print(f"{'program':<16}{'seconds':>8}{'events/s':>12}{'speed':>8}{'peak MB':>9}")
-        compare(
-            "producer.py",
-            events,
-            lambda: produce(lambda: plain("produce", number)),
-            lambda: produce(
-                lambda: run("producer.py", "--quiet", "--interval=0", "--count", number)
-            ),
-        )
-        compare(
-            "consumer.py",
-            events,
-            lambda: plain("consume", number, lines=events),
-            lambda: run("consumer.py", group(), lines=events),
-        )
-        compare(
-            "processor.py",
-            events,
-            lambda: plain("process", number),
-            lambda: run("processor.py", "--once", group()),
-        )
+        for script, arguments, loop, lines in comparisons:
+            plain_command = ["tests/plain_loops.py", loop, str(events)]
+            runs: dict[str, list[Run]] = {script: [], "  plain loop": []}
+            for label in [*runs] * 3:
+                command = [script, *arguments] if label == script else plain_command
+                if loop == "produce":  # into an empty topic
+                    witness.delete_everything()
+                    witness.create_topic(3)
+                elif label == script:  # in a group that has committed nothing
+                    command.append(str(uuid4()))
+                runs[label].append(time_program(cluster.address, command, lines))
+            plain_seconds, _ = min(runs["  plain loop"])
+            for label, (seconds, memory) in ((label, min(runs[label])) for label in runs):
+                print(f"{label:<16}{seconds:>8.2f}{events / seconds:>12,.0f}", end="")
+                print(f"{plain_seconds / seconds:>8.2f}{memory:>9.0f}", flush=True)
     print("speed: the plain loop's time / the script's time; higher is faster")
 
 

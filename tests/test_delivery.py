@@ -10,10 +10,9 @@ import uuid
 from datetime import datetime, timedelta
 
 import reports
-from broker import ROOT, Broker
+from broker import Broker
 from confluent_kafka import Producer
 from events import event_lines
-from kafka import KafkaProducer
 from proxy import PRODUCE, Proxy
 from scripts import (
     TIMEOUT,
@@ -79,21 +78,6 @@ def test_an_event_is_printed_as_soon_as_it_is_acknowledged(start: Start, witness
     assert producer.err == "--- 1 delivered, 0 failed\n"
 
 
-def test_a_mistake_in_an_event_ends_in_a_traceback_and_a_tally(
-    start: Start, witness: Witness
-) -> None:
-    # A user ID may also be a number, as it is turned into a string for the key.
-    producer = start(
-        "producer.py", "--interval", "0", patches={"writers.choose_user_ids": ["Zoë", 7]}
-    )
-    assert producer.wait() == 1
-    assert producer.find(reports.DELIVERED) == [("2", "0")]
-    assert "IndexError: pop from empty list" in producer.err
-    log = witness.messages()
-    assert {message.key for message in log} == {"Zoë".encode(), b"7"}
-    assert printed_lines(producer) == event_lines(log)
-
-
 def test_an_interrupted_producer_accounts_for_every_event(start: Start, witness: Witness) -> None:
     dice = random.Random(4)
     producers = []
@@ -131,14 +115,6 @@ def test_an_event_that_is_not_acknowledged_in_time_has_failed(start: Start, brok
     [(delivered, failed)] = producer.find(reports.DELIVERED)
     assert int(delivered) == len(producer.lines)
     assert int(failed) > 0
-
-
-def test_help_states_the_delivery_time_out(start: Start) -> None:
-    script = start("producer.py", "--help", address="nowhere:1")
-    assert script.wait() == 0
-    assert "not acknowledged within 120 s has failed" in script.out
-    assert KafkaProducer.DEFAULT_CONFIG["delivery_timeout_ms"] == 120_000
-    assert "delivery_timeout_ms" not in (ROOT / "producer.py").read_text()
 
 
 def test_an_event_whose_acknowledgement_is_lost_is_written_once(

@@ -11,12 +11,9 @@ import pytest
 import reports
 from broker import Broker
 from broker_settings import LIGHT
-from confluent_kafka import Consumer
 from events import counts_of, event, event_lines, sum_of_counts
 from proxy import HEARTBEAT, SYNC_GROUP, Proxy
 from scripts import (
-    GROUP_ID,
-    TOPIC,
     Pipe,
     Script,
     Start,
@@ -232,19 +229,3 @@ def test_members_join_leave_and_crash_at_random(start: Start, witness: Witness) 
     everything = {*event_lines(log)}
     wait_until(lambda: {*printed_lines(*consumers)} >= everything, "every event was printed")
     assert_plain_stderr(*members, *stopped)
-
-
-def test_a_consumer_waits_for_a_group_with_another_assignor(start: Start, witness: Witness) -> None:
-    witness.create_topic(3)
-    witness.write([(0, b"key", event())])
-    stranger = Consumer(
-        {**witness.settings, "group.id": GROUP_ID, "partition.assignment.strategy": "range"}
-    )
-    stranger.subscribe([TOPIC])
-    wait_until(lambda: stranger.poll(0.1) or stranger.assignment(), "the stranger has joined")
-    consumer = start("consumer.py")
-    reason = "InconsistentGroupProtocolError"
-    wait_until(lambda: reason in consumer.err, "it reports why it waits")
-    stranger.close()
-    wait_until(lambda: consumer.lines, "it continues when the stranger has left")
-    assert_clean_stop(consumer)

@@ -1,6 +1,5 @@
 """A secured broker: the pipeline works on it, and reasons are reported where it does not."""
 
-import functools
 import itertools
 import re
 import socket
@@ -19,12 +18,9 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
-from events import event
 from pipeline import run_pipeline
 from scripts import (
-    GROUP_ID,
     SCRIPTS,
-    TOPIC,
     Start,
     assert_clean_stop,
     assert_plain_stderr,
@@ -56,7 +52,6 @@ class SecuredBroker:
         addresses = {name: f"localhost:{port}" for name, port in ports.items()}
         self.sasl, self.mutual = addresses["SASL"], addresses["MUTUAL"]
         listeners = [f"{name}://{address}" for name, address in addresses.items()]
-        users = f'user_plain="{PASSWORD}" user_nobody="{PASSWORD}"'
         settings = {
             "KAFKA_CONTROLLER_QUORUM_VOTERS": f"1@{addresses['CONTROLLER']}",
             "KAFKA_LISTENERS": ",".join(listeners),
@@ -66,7 +61,7 @@ class SecuredBroker:
             "KAFKA_INTER_BROKER_LISTENER_NAME": "OPEN",
             "KAFKA_SASL_ENABLED_MECHANISMS": "PLAIN,SCRAM-SHA-512",
             "KAFKA_LISTENER_NAME_SASL_PLAIN_SASL_JAAS_CONFIG": f"{JAAS}.plain.PlainLoginModule "
-            f"required {users};",
+            f'required user_plain="{PASSWORD}";',
             # The image turns ___ into a hyphen.
             "KAFKA_LISTENER_NAME_SASL_SCRAM___SHA___512_SASL_JAAS_CONFIG": f"{JAAS}.scram."
             "ScramLoginModule required;",
@@ -75,10 +70,6 @@ class SecuredBroker:
             "KAFKA_SSL_KEYSTORE_LOCATION": str(folder / "server.pem"),
             "KAFKA_SSL_TRUSTSTORE_TYPE": "PEM",
             "KAFKA_SSL_TRUSTSTORE_LOCATION": str(folder / "ca.pem"),
-            "KAFKA_AUTHORIZER_CLASS_NAME": "org.apache.kafka.metadata.authorizer."
-            "StandardAuthorizer",
-            "KAFKA_SUPER_USERS": "User:ANONYMOUS;User:plain;User:scram;User:client",
-            "KAFKA_SSL_PRINCIPAL_MAPPING_RULES": "RULE:^.*$/client/",
         }
         self.broker = Broker(folder, ports["OPEN"], FAST_RETURN | settings)
 
@@ -208,32 +199,3 @@ def test_variables_of_other_programs_do_no_harm(start: Start, witness: Witness) 
     }
     send_events(start, 3, environment=environment)
     assert len(witness.messages()) == 3
-
-
-def allow_nobody(witness: Witness, resource: admin.ResourceType, name: str) -> None:
-    """Let the user called "nobody" do everything with a topic or group."""
-    rule = (admin.ResourcePatternType.LITERAL, "User:nobody", "*", admin.AclOperation.ALL)
-    binding = admin.AclBinding(resource, name, *rule, admin.AclPermissionType.ALLOW)
-    witness.request(witness.admin.create_acls, binding)
-
-
-def test_a_forbidden_topic_is_reported_and_waited_for(
-    start: Start, secured: SecuredBroker, witness: Witness
-) -> None:
-    witness.create_topic(3)
-    witness.write((number % 3, b"key", event()) for number in range(9))
-    allow_nobody(witness, admin.ResourceType.GROUP, GROUP_ID)
-    credentials = secured.sasl_settings("PLAIN", "nobody")
-    run = functools.partial(start, address=secured.sasl, environment=credentials)
-    producer, *readers = run("producer.py"), run("consumer.py"), run("processor.py")
-    assert producer.wait() == 1
-    assert producer.find(reports.NO_TOPIC)
-    for reader in readers:
-        wait_until(lambda: reader.find(reports.NO_PARTITIONS), "it reports why it waits")
-    allow_nobody(witness, admin.ResourceType.TOPIC, TOPIC)
-    consumer, processor = readers
-    wait_until(lambda: consumer.lines or processor.snapshots, "they continue")
-    assert_clean_stop(processor)
-    wait_until(lambda: len(consumer.lines) == 9, "all events are printed")
-    assert_clean_stop(consumer)
-    assert all(len(reader.find(reports.NO_PARTITIONS)) == 1 for reader in readers)
