@@ -118,9 +118,6 @@ class Script:
         except psutil.NoSuchProcess:
             return []
 
-    def is_connected(self) -> bool:
-        return any(process.net_connections() for process in self.processes())
-
 
 def script_command(*arguments: str, patches: dict[str, Any] | None = None) -> list[str]:
     """Return the command that runs a script, with patches of kafka-python if there are any."""

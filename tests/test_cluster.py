@@ -9,7 +9,7 @@ import reports
 from broker import Cluster, free_port
 from broker_settings import FAST_RETURN
 from events import counts_of, event, event_lines, sum_of_counts
-from scripts import Script, Start, assert_clean_stop, frozen, printed_lines, wait_until
+from scripts import Script, Start, assert_clean_stop, printed_lines, wait_until
 from witness import Witness
 
 # A broker that is slow, as the machine is busy, is not to be declared dead.
@@ -103,27 +103,6 @@ def test_a_partition_without_a_leader_is_waited_for(
     wait_until(lambda: processor.snapshots[-1] == expected, "it counts the other partitions")
     cluster.brokers[2].start()
     assert_clean_stop(consumer, processor)
-
-
-def test_an_unresponsive_broker_is_reported_and_another_one_used(
-    start: Start, cluster: Cluster, witness: Witness
-) -> None:
-    producer = start("producer.py", "--count", "1")
-    assert producer.wait() == 0  # now the topic is there, with all replicas
-    unresponsive = cluster.brokers[1]
-    with frozen(unresponsive):
-        others = ",".join(b.address for b in cluster.brokers if b is not unresponsive)
-        # A new witness each time: one that knows all three may ask the unresponsive one.
-        wait_until(lambda: Witness(others).in_sync_replicas() == [2, 2, 2], "the others notice")
-        producer = start("producer.py", patches={"clients.connect_first_to": unresponsive.port})
-        [(address, reason)] = wait_until(
-            lambda: producer.find(reports.NO_CONNECTION), "it is reported"
-        )
-        assert address == unresponsive.address
-        assert "RequestTimedOutError" in reason
-        wait_until(lambda: producer.lines, "it sends its events to another one")
-        assert_clean_stop(producer)
-    wait_until(lambda: witness.in_sync_replicas() == [3, 3, 3], "the cluster is whole again")
 
 
 def test_without_enough_in_sync_replicas_the_producer_waits(

@@ -1,6 +1,5 @@
 """Consumers: each event is printed at least once, and committed only after it was printed."""
 
-import contextlib
 import os
 import shlex
 import signal
@@ -75,30 +74,6 @@ def test_no_event_is_lost_when_a_consumer_is_killed(start: Start, witness: Witne
     assert Counter(survivor.lines).most_common(1)[0][1] == 1
     before_commit = {event_line(m) for m in log if m.offset < committed.get(m.partition, 0)}
     assert not before_commit & {*killed.lines} & {*survivor.lines}
-
-
-def test_a_consumer_commits_nothing_that_it_could_not_print(
-    start: Start, witness: Witness, pipe: Pipe
-) -> None:
-    witness.create_topic(1)
-    # 7 kB: a single poll() and, as Python buffers 8 kB, a single write().
-    witness.write([(0, b"key", event())] * 60)
-    os.set_blocking(pipe.write_end, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(pipe.write_end, b"\n" * 4096)
-    os.read(pipe.read_end, 4096)  # the pipe was full; now there is room for half of the events
-    consumer = start("consumer.py", stdout=pipe.write_end)
-    wait_until(pipe.is_full, "the pipe is full again")
-    committed = witness.committed().get(0, 0)
-    assert consumer.stop(signal.SIGKILL) == -signal.SIGKILL
-    *printed, _ = pipe.read().decode().lstrip("\n").split("\n")
-    assert 0 < len(printed) < 60
-    assert committed <= len(printed)
-    successor = start("consumer.py")
-    everything = {*event_lines(witness.messages())}
-    wait_until(lambda: {*printed, *successor.lines} == everything, "no event is lost")
-    assert_clean_stop(successor)
 
 
 @pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])

@@ -1,6 +1,5 @@
 """Consumer groups: members share the partitions, and report what is assigned to them."""
 
-import random
 import re
 import signal
 import sys
@@ -11,11 +10,10 @@ import pytest
 import reports
 from broker import Broker
 from broker_settings import LIGHT
-from events import counts_of, event, event_lines, sum_of_counts
+from events import event
 from proxy import HEARTBEAT, SYNC_GROUP, Proxy
 from scripts import (
     Pipe,
-    Script,
     Start,
     assert_clean_stop,
     assert_plain_stderr,
@@ -187,45 +185,3 @@ def test_a_join_that_takes_longer_than_a_poll_is_completed(
     wait_until(lambda: reader.assigned == [0, 1, 2], "it is assigned the new partitions", 30)
     wait_until(lambda: reader.lines[-1:] not in ([], ["{}"]), "it reads the event")
     assert_clean_stop(reader)
-
-
-def test_members_join_leave_and_crash_at_random(start: Start, witness: Witness) -> None:
-    dice = random.Random(20261123)
-    producer = start("producer.py", "--interval", "0.02")
-    members = [start("consumer.py"), start("processor.py")]
-    stopped: list[Script] = []
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        if len(members) < 2 or (len(members) < 6 and dice.random() < 0.6):
-            members.append(start(dice.choice(["consumer.py", "processor.py"])))
-        else:
-            member = members.pop(dice.randrange(len(members)))
-            signum = dice.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-            wait_until(member.is_connected, "it is connected")
-            # Just before it handles signals, they still end Python itself.
-            assert member.stop(signum) in ((-signum,) if signum == signal.SIGKILL else (0, -signum))
-            stopped.append(member)
-        time.sleep(dice.uniform(0.2, 2))
-    assert_clean_stop(producer)
-    log = witness.messages()
-    processors = [member for member in members if "processor.py" in member.command[1]]
-    processors.append(start("processor.py"))
-    consumers = [member for member in members if "consumer.py" in member.command[1]]
-    for consumer in consumers:
-        wait_until(lambda: consumer.err, "it has joined")
-        assert_clean_stop(consumer)
-    wait_until(
-        lambda: witness.group_is_balanced(len(processors)), "processors share the partitions"
-    )
-    wait_until(
-        lambda: (
-            sum_of_counts(*(p.snapshots[-1] for p in processors if p.snapshots)) == counts_of(log)
-        ),
-        "their counts add up",
-    )
-    assert_clean_stop(*processors)
-    consumers += [script for script in stopped if "consumer.py" in script.command[1]]
-    consumers.append(start("consumer.py"))
-    everything = {*event_lines(log)}
-    wait_until(lambda: {*printed_lines(*consumers)} >= everything, "every event was printed")
-    assert_plain_stderr(*members, *stopped)

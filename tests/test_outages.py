@@ -118,6 +118,23 @@ def test_all_scripts_try_to_reconnect_every_second(start: Start) -> None:
         wait_until(lambda: len(attempts) >= 10, "it has tried often enough", 20)
 
 
+def test_an_unresponsive_broker_is_reported_and_another_one_used(
+    start: Start, broker: Broker
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unresponsive:
+        address = f"127.0.0.1:{unresponsive.getsockname()[1]}"
+        producer = start(
+            "producer.py",
+            address=f"{address},{broker.address}",
+            patches={"clients.connect_first_to": unresponsive.getsockname()[1]},
+        )
+        wait_until(lambda: producer.lines, "it sends its events to the other one")
+        assert_clean_stop(producer)
+    [(reported_address, reason)] = producer.find(reports.NO_CONNECTION)
+    assert reported_address == address
+    assert "RequestTimedOutError" in reason
+
+
 def test_a_poll_that_raises_loses_no_event(start: Start, witness: Witness) -> None:
     witness.create_topic(3)
     witness.write((number % 3, b"key", event(f"user {number % 9}")) for number in range(40_000))
