@@ -31,7 +31,7 @@ SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and
 }
 log = logging.getLogger("consumer.py")
 signals_received: list[float] = []  # when Ctrl-C or SIGTERM arrived; stops the loop
-NO_PARTITIONS = "none; the other members have them all, or there is no topic, access or coordinator"
+NO_PARTITIONS = "none; other members have them all, or the topic, access or coordinator is missing"
 Batches = dict[TopicPartition, list[Any]]  # what a poll() returns: messages by partition
 
 
@@ -42,14 +42,14 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
         client_id=log.name,  # the member's name in `kafka.admin groups describe`
         group_id=group,
         auto_offset_reset="earliest",  # without a committed offset, start at the beginning
-        enable_auto_commit=False,  # it would also commit what has not been printed
+        enable_auto_commit=False,  # it could commit events that have not been printed
         isolation_level="read_committed",  # skip the events of aborted transactions
         partition_assignment_strategy=[CooperativeStickyAssignor],  # reassign as few as possible
         session_timeout_ms=10_000,  # after this, a crashed member's partitions are reassigned
         heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
         max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
         metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
-        fetch_max_bytes=2 * 1024 * 1024,  # a fetch arrives within 30 s on a line of 200 kB/s, too
+        fetch_max_bytes=2 * 1024 * 1024,  # 11 s at 200 kB/s; after 30 s the fetch begins again
         fetch_max_wait_ms=100,  # an empty partition delays the others by at most this
         max_poll_records=5_000,  # commit less often while catching up
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
@@ -111,9 +111,9 @@ class Assignment(ConsumerRebalanceListener):
             self.consumer.seek(partition, self.consumer.committed(partition, timeout_ms=5_000) or 0)
 
 
-# Error handling, down to request_stop(). A reader may skip it, and delete it (see README.md).
+# Error handling, down to request_stop(). Skip it at first; README.md shows how to delete it.
 def commit(consumer: KafkaConsumer) -> bool:
-    """Commit the position in each partition; return False if that is to be tried again."""
+    """Commit the position in each partition; return False if that should be tried again."""
     try:
         consumer.commit(timeout_ms=5_000)
     except errors.CommitFailedError:  # after 10 s without a heartbeat, or 30 s without a poll()
@@ -182,7 +182,7 @@ class BrokerStatus(logging.Handler):
 
 
 def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
-    """Return a connected client; exit with status 1 if there is no connection within 10 s."""
+    """Set up stdout and log, then return a client; exit with status 1 if none connects in 10 s."""
     os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
     logging.getLogger("kafka").addHandler(BrokerStatus())
@@ -199,9 +199,9 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def request_stop(signum: int, _: Any) -> None:
-    """Let the loop finish the batch in hand. A second Ctrl-C exits at once."""
+    """Have the loop stop when the batch in hand is finished. A second Ctrl-C exits at once."""
     now = time.monotonic()
-    if signals_received and now > signals_received[0] + 0.5:  # timeout(1) sends two at once
+    if signals_received and now > signals_received[0] + 0.5:  # the timeout command sends two
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     signals_received.append(now)
@@ -214,14 +214,14 @@ def main() -> None:
     if not (group and group.isprintable()):
         parser.error("--group: the name is empty or not printable")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     consumer = connect(create_consumer, group)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, request_stop)
     try:
         consume(consumer)
     except BrokenPipeError:  # the reader of a pipe, such as head, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that flushing the rest does not fail
     finally:
         if signals_received:
             log.info("leaving the group")

@@ -34,7 +34,7 @@ SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and
 }
 log = logging.getLogger("processor.py")
 signals_received: list[float] = []  # when Ctrl-C or SIGTERM arrived; stops the loop
-NO_PARTITIONS = "none; the other members have them all, or there is no topic, access or coordinator"
+NO_PARTITIONS = "none; other members have them all, or the topic, access or coordinator is missing"
 Batches = dict[TopicPartition, list[Any]]  # what a poll() returns: messages by partition
 
 
@@ -45,14 +45,14 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
         client_id=log.name,  # the member's name in `kafka.admin groups describe`
         group_id=group,
         auto_offset_reset="earliest",  # if the first events are deleted, start with what is left
-        enable_auto_commit=False,  # what is counted here, the consumers are still to read
+        enable_auto_commit=False,  # a commit would make the group's consumers skip events
         isolation_level="read_committed",  # skip the events of aborted transactions
         partition_assignment_strategy=[CooperativeStickyAssignor],  # reassign as few as possible
         session_timeout_ms=10_000,  # after this, a crashed member's partitions are reassigned
         heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
         max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
         metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
-        fetch_max_bytes=2 * 1024 * 1024,  # a fetch arrives within 30 s on a line of 200 kB/s, too
+        fetch_max_bytes=2 * 1024 * 1024,  # 11 s at 200 kB/s; after 30 s the fetch begins again
         fetch_max_wait_ms=100,  # an empty partition delays the others by at most this
         max_poll_records=5_000,  # this many events are counted between two reports
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
@@ -93,7 +93,7 @@ class PartitionState:
 
 
 class Counts(ConsumerRebalanceListener):
-    """The counts of each assigned partition from its beginning: the log is their only state."""
+    """The counts of each assigned partition, rebuilt from the log at each assignment."""
 
     def __init__(self, consumer: KafkaConsumer) -> None:
         self.consumer = consumer
@@ -136,7 +136,7 @@ class Counts(ConsumerRebalanceListener):
         return totals
 
     def remaining(self) -> int | None:
-        """Return how many events of those that were in the log at assignment are not counted yet.
+        """Return how many of the events that were in the log at assignment are still to be counted.
 
         Return None while a log end offset cannot be looked up.
         """
@@ -185,15 +185,15 @@ class Report:
             log.info(self.reminder)
 
     def print_snapshot_if_due(self) -> None:
-        """Print the first snapshot as soon as the counts are whole, later ones once a second."""
+        """Print the first snapshot as soon as the counts are complete, later ones once a second."""
         remaining, started = self.counts.remaining(), time.monotonic()
         if started >= self.next_snapshot or (remaining == 0 and not self.last_snapshot):
             self.print_snapshot(remaining)
-            # Print for at most a sixteenth of the time, but never pause for more than 30 s.
+            # Wait 15 times as long as printing took, within these limits, so that counting goes on.
             self.next_snapshot = started + min(30, max(1, 15 * (time.monotonic() - started)))
 
     def print_snapshot(self, remaining: int | None) -> None:
-        """Print the counts if they are whole and have changed; else report what remains."""
+        """Print the counts if they are complete and have changed; else report what remains."""
         if self.counts.last_malformed:
             number = sum(state.malformed for state in self.counts.partitions.values())
             last = self.counts.last_malformed
@@ -210,10 +210,10 @@ class Report:
             self.last_snapshot = snapshot
             print(snapshot, flush=True)
             if self.reminder and sys.stdout.isatty() and sys.stderr.isatty():
-                log.info(self.reminder)  # the snapshot has scrolled it away
+                log.info(self.reminder)  # the snapshot has scrolled it off
 
 
-# Error handling, down to request_stop(). A reader may skip it, and delete it (see README.md).
+# Error handling, down to request_stop(). Skip it at first; README.md shows how to delete it.
 def polls(consumer: KafkaConsumer, rewind: Callable[[], None]) -> Iterator[Batches]:
     """Yield what each poll() returns, until a signal is received. If poll() raises, try again.
 
@@ -273,7 +273,7 @@ class BrokerStatus(logging.Handler):
 
 
 def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
-    """Return a connected client; exit with status 1 if there is no connection within 10 s."""
+    """Set up stdout and log, then return a client; exit with status 1 if none connects in 10 s."""
     os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
     logging.getLogger("kafka").addHandler(BrokerStatus())
@@ -290,9 +290,9 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def request_stop(signum: int, _: Any) -> None:
-    """Let the loop finish the batch in hand. A second Ctrl-C exits at once."""
+    """Have the loop stop when the batch in hand is finished. A second Ctrl-C exits at once."""
     now = time.monotonic()
-    if signals_received and now > signals_received[0] + 0.5:  # timeout(1) sends two at once
+    if signals_received and now > signals_received[0] + 0.5:  # the timeout command sends two
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     signals_received.append(now)
@@ -306,14 +306,14 @@ def main() -> None:
     if not (options.group and options.group.isprintable()):
         parser.error("--group: the name is empty or not printable")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     consumer = connect(create_consumer, options.group)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, request_stop)
     try:
         process(consumer, options.once)
     except BrokenPipeError:  # the reader of a pipe, such as head, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that flushing the rest does not fail
     finally:
         if signals_received:
             log.info("leaving the group")

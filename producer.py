@@ -36,7 +36,7 @@ SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and
 }
 log = logging.getLogger("producer.py")
 signals_received: list[float] = []  # when Ctrl-C or SIGTERM arrived; stops the loop
-# As keys, the first three are hashed to partitions 0, 1 and 2 (of three), the others likewise.
+# As keys, the first three hash to partitions 0, 1 and 2 (of three); so do the last three.
 USER_IDS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice", "dave", "carol"]
 ACTIONS = ["view", "click", "add_to_cart", "purchase"]
 
@@ -55,17 +55,17 @@ def create_producer(**settings: Any) -> KafkaProducer:
     producer = KafkaProducer(
         bootstrap_servers=BOOTSTRAP_SERVERS,
         client_id=log.name,  # the client's name in the broker's log and metrics
-        acks="all",  # an acknowledged event is on all in-sync replicas, not on one broker alone
+        acks="all",  # acknowledged by all in-sync replicas, not by the leader alone
         enable_idempotence=True,  # a retry never writes an event twice or out of order
-        linger_ms=20,  # wait this long to send events together: twice as many a second
-        max_block_ms=5_000,  # send() waits for the topic at most this long, and so does Ctrl-C
+        linger_ms=20,  # a batch waits this long for more events: doubles the throughput
+        max_block_ms=5_000,  # send() waits for a topic at most this long; Ctrl-C acts after it
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
         **SECURITY_SETTINGS,
         **settings,
     )
     for _ in range(3):
         with contextlib.suppress(errors.KafkaError):
-            producer.partitions_for(TOPIC)  # most clusters create a topic that is asked for
+            producer.partitions_for(TOPIC)  # by default, brokers create a topic that is asked for
             return producer
     create = f"python -m kafka.admin -b {BOOTSTRAP_SERVERS.split(',')[0]} topics create -t {TOPIC}"
     sys.exit(f"--- topic {TOPIC} is missing or forbidden; create it: `{create} --num-partitions 3`")
@@ -139,14 +139,14 @@ class Deliveries:
             log.warning("oldest event unacknowledged for 5 s; %d events pending", len(self.pending))
 
     def wait_for_pending(self, seconds: float) -> None:
-        """Wait until no event is pending, but not for longer than that."""
+        """Wait until no event is pending, for at most that many seconds."""
         deadline = time.monotonic() + seconds
         while self.pending and time.monotonic() < deadline:
             time.sleep(0.1)
             self.report_acknowledged()
 
 
-# Error handling, down to request_stop(). A reader may skip it, and delete it (see README.md).
+# Error handling, down to request_stop(). Skip it at first; README.md shows how to delete it.
 class BrokerStatus(logging.Handler):
     """Report unreachable brokers by what kafka-python logs: it has no public hook for them."""
 
@@ -179,7 +179,7 @@ class BrokerStatus(logging.Handler):
 
 
 def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
-    """Return a connected client; exit with status 1 if there is no connection within 10 s."""
+    """Set up stdout and log, then return a client; exit with status 1 if none connects in 10 s."""
     os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
     logging.getLogger("kafka").addHandler(BrokerStatus())
@@ -196,9 +196,9 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def request_stop(signum: int, _: Any) -> None:
-    """Let the loop finish the batch in hand. A second Ctrl-C exits at once."""
+    """Have the loop stop when the batch in hand is finished. A second Ctrl-C exits at once."""
     now = time.monotonic()
-    if signals_received and now > signals_received[0] + 0.5:  # timeout(1) sends two at once
+    if signals_received and now > signals_received[0] + 0.5:  # the timeout command sends two
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     signals_received.append(now)
@@ -214,7 +214,7 @@ def main() -> None:
     if count < 0 or not 0 <= options.interval < math.inf:
         parser.error("N and SECONDS must be finite and not negative")
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as there is nothing to finish
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     producer = connect(create_producer)
     deliveries = Deliveries(producer, options.quiet)
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -86,7 +86,7 @@ def test_the_scripts_can_be_changed_to_another_subject(
     run(start, tmp_path, f"{apply} subject.diff")
     if error_handling == "without":
         run(start, tmp_path, f"{delete}{apply} removal.diff")
-        prose = make_it_yours.rpartition("This leaves unused")[2]
+        prose = make_it_yours.rpartition("Now unused")[2]
         assert unused_imports(tmp_path) == {*re.findall(r"`(\w+)`", prose)} - {"rewind"}
     else:
         assert unused_imports(tmp_path) == set()
