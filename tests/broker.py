@@ -59,18 +59,15 @@ def version() -> str:
     return str(service()["image"].partition(":")[2])
 
 
-def is_downloaded() -> bool:
-    """Return whether jars() finds Kafka in the local Maven repository."""
-    folder = Path(GlobalSettings.load().repo_cache, "org/apache/kafka/kafka_2.13", version())
-    return folder.is_dir()
-
-
 @functools.cache
 def jars() -> list[Path]:
     """Return Kafka's jars, which are downloaded once and kept in ~/.m2.
 
     Raise RuntimeError if they cannot be downloaded.
     """
+    repository = Path(GlobalSettings.load().repo_cache)
+    if not (repository / "org/apache/kafka/kafka_2.13" / version()).is_dir():
+        print("downloading Kafka, 46 MB, this time only", file=sys.stderr, flush=True)
     # slf4j-simple instead of log4j, which would bring an older kafka-clients with it.
     wanted = f"org.apache.kafka:kafka_2.13:{version()}+org.slf4j:slf4j-simple:1.7.36"
     try:
@@ -390,8 +387,6 @@ def main() -> int:
                 )
     for signum in SIGNALS:
         signal.signal(signum, leave)
-    if not is_downloaded():
-        print("downloading Kafka, 46 MB, this time only", file=sys.stderr, flush=True)
     try:
         if options.command:
             return run(options.command, options.brokers)

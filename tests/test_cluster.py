@@ -40,7 +40,7 @@ def test_killing_each_broker_in_turn_loses_nothing(
 ) -> None:
     producer = start("producer.py", "--interval", "0.05")
     wait_until(lambda: producer.lines, "the topic is there")
-    assert witness.replicas() == [3, 3, 3]
+    wait_until(lambda: witness.in_sync_replicas() == [3, 3, 3], "it has all replicas")
     consumers = [start("consumer.py") for _ in range(2)]
     processor = start("processor.py", "--group", "counting")
     scripts = [producer, *consumers, processor]

@@ -76,21 +76,6 @@ def test_ctrl_c_without_a_topic_and_with_an_unresponsive_broker(
             assert_plain_stderr(reader)
 
 
-def test_partitions_that_are_added_are_read(start: Start, witness: Witness) -> None:
-    witness.create_topic(3)
-    send_events(start, 100)
-    consumer, processor = readers = start_readers(start)
-    wait_until(lambda: len(consumer.lines) == 100 and processor.snapshots, "they have read it all")
-    witness.add_partitions(5)
-    witness.write((number % 5, b"key", event(f"user {number}")) for number in range(50))
-    log = witness.messages()
-    # They look for new partitions every 10 s.
-    wait_until(lambda: processor.snapshots[-1] == counts_of(log), "all are counted", 30)
-    wait_until(lambda: printed_lines(consumer) == event_lines(log), "all are printed", 30)
-    assert_clean_stop(*readers)
-    assert all(reader.assigned == [0, 1, 2, 3, 4] for reader in readers)
-
-
 def test_events_that_are_deleted_while_scripts_run_are_skipped(
     start: Start, witness: Witness
 ) -> None:

@@ -31,10 +31,6 @@ class Witness:
         topics = self.topics()
         return sorted(topics[TOPIC].partitions) if TOPIC in topics else []
 
-    def replicas(self) -> list[int]:
-        """Return how many replicas each partition of the topic has."""
-        return [len(p.replicas) for _, p in sorted(self.topics()[TOPIC].partitions.items())]
-
     def in_sync_replicas(self) -> list[int]:
         """Return how many in-sync replicas each partition of the topic has."""
         return [len(p.isrs) for _, p in sorted(self.topics()[TOPIC].partitions.items())]
