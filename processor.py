@@ -33,7 +33,7 @@ SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and
     if f"KAFKA_{name.upper()}" in os.environ
 }
 log = logging.getLogger("processor.py")
-signals_received: list[float] = []  # when Ctrl-C or SIGTERM arrived; stops the loop
+stop_requests: list[float] = []  # when Ctrl-C or SIGTERM asked the loop to stop
 NO_PARTITIONS = "none; other members have them all, or the topic, access or coordinator is missing"
 Batches = dict[TopicPartition, list[Any]]  # what a poll() returns: messages by partition
 
@@ -98,25 +98,28 @@ class Counts(ConsumerRebalanceListener):
     def __init__(self, consumer: KafkaConsumer) -> None:
         self.consumer = consumer
         self.partitions: dict[TopicPartition, PartitionState] = {}
-        self.last_rebalance = time.monotonic()
+        self.assignment_reported, self.last_rebalance = False, time.monotonic()
         self.last_malformed = ""  # its position and what is wrong; empty once it is reported
 
     def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        self.last_rebalance = time.monotonic()
+        self.assignment_reported, self.last_rebalance = False, time.monotonic()
         for partition in assigned:
-            self.partitions[partition] = PartitionState()
-            self.consumer.seek(partition, 0)  # wherever the group's committed offset is
+            self.start_over(partition)
 
     def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        self.last_rebalance = time.monotonic()
+        self.assignment_reported, self.last_rebalance = False, time.monotonic()
         for partition in revoked:
             self.partitions.pop(partition, None)
+
+    def start_over(self, partition: TopicPartition) -> None:
+        self.partitions[partition] = PartitionState()
+        self.consumer.seek(partition, 0)  # wherever the group's committed offset is
 
     def add(self, batches: Batches) -> None:
         for partition, messages in batches.items():
             state = self.partitions[partition]
             if messages[0].offset < state.next_offset:  # the topic was deleted and created again
-                self.on_partitions_assigned({partition})
+                self.start_over(partition)
                 continue
             for message in messages:
                 try:
@@ -163,7 +166,6 @@ class Report:
 
     def __init__(self, consumer: KafkaConsumer, counts: Counts) -> None:
         self.consumer, self.counts = consumer, counts
-        self.reported_rebalance = 0.0  # after which the assignment was reported
         self.reminder = ""  # what reports a partial assignment; empty if it is all partitions
         self.last_snapshot, self.next_snapshot = "", time.monotonic() + 1
 
@@ -171,9 +173,9 @@ class Report:
         """Report the assignment once after each change; an empty one only if it lasts for 5 s."""
         assigned = sorted(number for _, number in self.counts.partitions)
         settled = assigned or time.monotonic() > self.counts.last_rebalance + 5
-        if self.reported_rebalance == self.counts.last_rebalance or not settled:
+        if self.counts.assignment_reported or not settled:
             return
-        self.reported_rebalance = self.counts.last_rebalance
+        self.counts.assignment_reported = True
         numbers = ", ".join(map(str, assigned))
         if assigned and len(assigned) == len(self.consumer.partitions_for_topic(TOPIC)):
             self.reminder = ""
@@ -220,7 +222,7 @@ def polls(consumer: KafkaConsumer, rewind: Callable[[], None]) -> Iterator[Batch
     rewind() seeks back to the first event that is not handled: a poll() that raises may skip some.
     """
     failures = 0
-    while not signals_received:
+    while not stop_requests:
         try:
             if failures:
                 rewind()
@@ -247,7 +249,7 @@ class BrokerStatus(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.addresses: dict[Any, str] = {}  # by node ID
-        self.login_failed: dict[str, bool] = {}  # by address, as long as it is unreachable
+        self.unreachable: dict[str, bool] = {}  # by address: is a failed login reported?
 
     def emit(self, record: Any) -> None:
         # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
@@ -256,7 +258,8 @@ class BrokerStatus(logging.Handler):
             self.addresses[node_id] = f"{host}:{port}"
         elif record.msg == "%s: Connected":
             address = self.addresses.get(record.args[0].node_id, "Kafka")
-            if self.login_failed.pop(address, None) is not None:
+            if address in self.unreachable:
+                del self.unreachable[address]
                 log.info("connected to %s", address)
         elif record.msg == "%s: Connection lost: %s":
             connection, error = record.args
@@ -266,16 +269,15 @@ class BrokerStatus(logging.Handler):
                 return  # slow, perhaps; if it is unreachable, the next connection fails
             at_login = isinstance(error.__context__, ssl.SSLError)  # in the TLS handshake
             at_login = at_login or bool(SECURITY_SETTINGS and connection.parser and not ready)
-            if address not in self.login_failed or (at_login and not self.login_failed[address]):
-                self.login_failed[address] = at_login
+            login_reported = self.unreachable.get(address)
+            if login_reported is None or (at_login and not login_reported):
+                self.unreachable[address] = at_login
                 reason = f"during login: {error}" if at_login else error
                 log.warning("no connection to %s (%s); retrying", address, reason)
 
 
 def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
-    """Set up stdout and log, then return a client; exit with status 1 if none connects in 10 s."""
-    os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
+    """Return a connected client; exit with status 1 if there is no connection within 10 s."""
     logging.getLogger("kafka").addHandler(BrokerStatus())
     logging.getLogger("kafka").propagate = False
     # Each attempt picks one of several addresses at random, perhaps an unresponsive one.
@@ -292,10 +294,10 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
 def request_stop(signum: int, _: Any) -> None:
     """Have the loop stop when the batch in hand is finished. A second Ctrl-C exits at once."""
     now = time.monotonic()
-    if signals_received and now > signals_received[0] + 0.5:  # the timeout command sends two
+    if stop_requests and now > stop_requests[0] + 0.5:  # the timeout command sends two
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
-    signals_received.append(now)
+    stop_requests.append(now)
 
 
 def main() -> None:
@@ -305,6 +307,8 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.group and options.group.isprintable()):
         parser.error("--group: the name is empty or not printable")
+    os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     consumer = connect(create_consumer, options.group)
@@ -315,7 +319,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that flushing the rest does not fail
     finally:
-        if signals_received:
+        if stop_requests:
             log.info("leaving the group")
         consumer.close(timeout_ms=5_000)  # leaves the group: its partitions are reassigned at once
 

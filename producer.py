@@ -35,7 +35,7 @@ SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and
     if f"KAFKA_{name.upper()}" in os.environ
 }
 log = logging.getLogger("producer.py")
-signals_received: list[float] = []  # when Ctrl-C or SIGTERM arrived; stops the loop
+stop_requests: list[float] = []  # when Ctrl-C or SIGTERM asked the loop to stop
 # As keys, the first three hash to partitions 0, 1 and 2 (of three); so do the last three.
 USER_IDS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice", "dave", "carol"]
 ACTIONS = ["view", "click", "add_to_cart", "purchase"]
@@ -74,7 +74,7 @@ def create_producer(**settings: Any) -> KafkaProducer:
 def produce(deliveries: "Deliveries", count: float, interval: float) -> None:
     """Send an event per interval, until `count` are delivered, one fails or a signal arrives."""
     sent, next_send = 0, time.monotonic()
-    while not (signals_received or deliveries.failed or deliveries.delivered >= count):
+    while not (stop_requests or deliveries.failed or deliveries.delivered >= count):
         if sent < count and time.monotonic() >= next_send and len(deliveries.pending) < 10_000:
             deliveries.send(random_event())
             sent, next_send = sent + 1, time.monotonic() + interval
@@ -129,7 +129,7 @@ class Deliveries:
             sys.stdout.flush()
         except BrokenPipeError:  # the reader of a pipe, such as head, has exited: stop sending
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where the remaining lines go
-            signals_received.append(time.monotonic())
+            stop_requests.append(time.monotonic())
 
     def warn_if_overdue(self) -> None:
         """Report that the oldest pending event has waited for 5 s; again only after a recovery."""
@@ -153,7 +153,7 @@ class BrokerStatus(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.addresses: dict[Any, str] = {}  # by node ID
-        self.login_failed: dict[str, bool] = {}  # by address, as long as it is unreachable
+        self.unreachable: dict[str, bool] = {}  # by address: is a failed login reported?
 
     def emit(self, record: Any) -> None:
         # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
@@ -162,7 +162,8 @@ class BrokerStatus(logging.Handler):
             self.addresses[node_id] = f"{host}:{port}"
         elif record.msg == "%s: Connected":
             address = self.addresses.get(record.args[0].node_id, "Kafka")
-            if self.login_failed.pop(address, None) is not None:
+            if address in self.unreachable:
+                del self.unreachable[address]
                 log.info("connected to %s", address)
         elif record.msg == "%s: Connection lost: %s":
             connection, error = record.args
@@ -172,16 +173,15 @@ class BrokerStatus(logging.Handler):
                 return  # slow, perhaps; if it is unreachable, the next connection fails
             at_login = isinstance(error.__context__, ssl.SSLError)  # in the TLS handshake
             at_login = at_login or bool(SECURITY_SETTINGS and connection.parser and not ready)
-            if address not in self.login_failed or (at_login and not self.login_failed[address]):
-                self.login_failed[address] = at_login
+            login_reported = self.unreachable.get(address)
+            if login_reported is None or (at_login and not login_reported):
+                self.unreachable[address] = at_login
                 reason = f"during login: {error}" if at_login else error
                 log.warning("no connection to %s (%s); retrying", address, reason)
 
 
 def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
-    """Set up stdout and log, then return a client; exit with status 1 if none connects in 10 s."""
-    os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
+    """Return a connected client; exit with status 1 if there is no connection within 10 s."""
     logging.getLogger("kafka").addHandler(BrokerStatus())
     logging.getLogger("kafka").propagate = False
     # Each attempt picks one of several addresses at random, perhaps an unresponsive one.
@@ -198,10 +198,10 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
 def request_stop(signum: int, _: Any) -> None:
     """Have the loop stop when the batch in hand is finished. A second Ctrl-C exits at once."""
     now = time.monotonic()
-    if signals_received and now > signals_received[0] + 0.5:  # the timeout command sends two
+    if stop_requests and now > stop_requests[0] + 0.5:  # the timeout command sends two
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
-    signals_received.append(now)
+    stop_requests.append(now)
 
 
 def main() -> None:
@@ -213,6 +213,8 @@ def main() -> None:
     count = math.inf if options.count is None else options.count
     if count < 0 or not 0 <= options.interval < math.inf:
         parser.error("N and SECONDS must be finite and not negative")
+    os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     producer = connect(create_producer)
