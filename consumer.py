@@ -20,7 +20,7 @@ from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
-GROUP_ID = "event-watchers"  # the consumer group of consumer.py and processor.py
+GROUP_ID = "event-watchers"  # of consumer.py and processor.py; a producer is in no group
 SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and so on (README)
     name: os.environ[f"KAFKA_{name.upper()}"]
     for name in (
@@ -31,7 +31,7 @@ SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and
 }
 log = logging.getLogger("consumer.py")
 stop_requests: list[float] = []  # when Ctrl-C or SIGTERM asked the loop to stop
-NO_PARTITIONS = "none; other members have them all, or the topic, access or coordinator is missing"
+NO_PARTITIONS = "none; the other members have them all, or there is no topic, access or coordinator"
 Batches = dict[TopicPartition, list[Any]]  # what a poll() returns: messages by partition
 
 
@@ -49,8 +49,8 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
         heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
         max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
         metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
-        fetch_max_bytes=2 * 1024 * 1024,  # 11 s at 200 kB/s; after 30 s the fetch begins again
-        fetch_max_wait_ms=100,  # an empty partition delays the others by at most this
+        fetch_max_bytes=2 * 1024 * 1024,  # takes 11 s at 200 kB/s; a fetch times out after 30 s
+        fetch_max_wait_ms=100,  # the broker answers a fetch that finds no events after this
         max_poll_records=5_000,  # commit less often while catching up
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
         **SECURITY_SETTINGS,
@@ -59,7 +59,7 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
 
 
 def consume(consumer: KafkaConsumer) -> None:
-    """Print the events and commit what has been printed, until a signal is received."""
+    """Print the events that poll() returns, then commit them, until a signal is received."""
     assignment, commit_pending = Assignment(consumer), False
     consumer.subscribe([TOPIC], listener=assignment)
     for batches in polls(consumer, assignment.rewind):
@@ -173,7 +173,7 @@ class BrokerStatus(logging.Handler):
             address = self.addresses.get(connection.node_id, "Kafka")
             ready = connection.init_future.succeeded()
             if ready and isinstance(error, errors.RequestTimedOutError):
-                return  # slow, perhaps; if it is unreachable, the next connection fails
+                return  # perhaps it is only slow; if not, the reconnection fails and is reported
             at_login = isinstance(error.__context__, ssl.SSLError)  # in the TLS handshake
             at_login = at_login or bool(SECURITY_SETTINGS and connection.parser and not ready)
             login_reported = self.unreachable.get(address)

@@ -23,7 +23,7 @@ from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
-GROUP_ID = "event-watchers"  # the consumer group of consumer.py and processor.py
+GROUP_ID = "event-watchers"  # of consumer.py and processor.py; a producer is in no group
 SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and so on (README)
     name: os.environ[f"KAFKA_{name.upper()}"]
     for name in (
@@ -34,7 +34,7 @@ SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and
 }
 log = logging.getLogger("processor.py")
 stop_requests: list[float] = []  # when Ctrl-C or SIGTERM asked the loop to stop
-NO_PARTITIONS = "none; other members have them all, or the topic, access or coordinator is missing"
+NO_PARTITIONS = "none; the other members have them all, or there is no topic, access or coordinator"
 Batches = dict[TopicPartition, list[Any]]  # what a poll() returns: messages by partition
 
 
@@ -52,8 +52,8 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
         heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
         max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
         metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
-        fetch_max_bytes=2 * 1024 * 1024,  # 11 s at 200 kB/s; after 30 s the fetch begins again
-        fetch_max_wait_ms=100,  # an empty partition delays the others by at most this
+        fetch_max_bytes=2 * 1024 * 1024,  # takes 11 s at 200 kB/s; a fetch times out after 30 s
+        fetch_max_wait_ms=100,  # the broker answers a fetch that finds no events after this
         max_poll_records=5_000,  # this many events are counted between two reports
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
         **SECURITY_SETTINGS,
@@ -62,7 +62,7 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
 
 
 def process(consumer: KafkaConsumer, once: bool) -> None:
-    """Count the events and print snapshots, until a signal is received or, if `once`, just one."""
+    """Count the events that poll() returns and print snapshots; if `once`, only the first."""
     counts = Counts(consumer)
     report = Report(consumer, counts)
     consumer.subscribe([TOPIC], listener=counts)
@@ -76,7 +76,7 @@ def process(consumer: KafkaConsumer, once: bool) -> None:
 
 
 def user_and_action(value: Any) -> tuple[str, str]:
-    """Return the two fields by which an event is counted; raise what Counts.add() catches."""
+    """Return the two fields by which an event is counted; raise an exception if it is malformed."""
     event = json.loads(value.decode())
     user_id, action = event["user_id"], event["action"]
     if not (isinstance(user_id, str) and isinstance(action, str)):
@@ -166,7 +166,7 @@ class Report:
 
     def __init__(self, consumer: KafkaConsumer, counts: Counts) -> None:
         self.consumer, self.counts = consumer, counts
-        self.reminder = ""  # what reports a partial assignment; empty if it is all partitions
+        self.reminder = ""  # the line that reports a partial assignment; empty if it is complete
         self.last_snapshot, self.next_snapshot = "", time.monotonic() + 1
 
     def report_assignment(self) -> None:
@@ -266,7 +266,7 @@ class BrokerStatus(logging.Handler):
             address = self.addresses.get(connection.node_id, "Kafka")
             ready = connection.init_future.succeeded()
             if ready and isinstance(error, errors.RequestTimedOutError):
-                return  # slow, perhaps; if it is unreachable, the next connection fails
+                return  # perhaps it is only slow; if not, the reconnection fails and is reported
             at_login = isinstance(error.__context__, ssl.SSLError)  # in the TLS handshake
             at_login = at_login or bool(SECURITY_SETTINGS and connection.parser and not ready)
             login_reported = self.unreachable.get(address)

@@ -25,7 +25,7 @@ from kafka import KafkaProducer, errors
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
-GROUP_ID = "event-watchers"  # the consumer group of consumer.py and processor.py
+GROUP_ID = "event-watchers"  # of consumer.py and processor.py; a producer is in no group
 SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and so on (README)
     name: os.environ[f"KAFKA_{name.upper()}"]
     for name in (
@@ -57,8 +57,8 @@ def create_producer(**settings: Any) -> KafkaProducer:
         client_id=log.name,  # the client's name in the broker's log and metrics
         acks="all",  # acknowledged by all in-sync replicas, not by the leader alone
         enable_idempotence=True,  # a retry never writes an event twice or out of order
-        linger_ms=20,  # a batch waits this long for more events: doubles the throughput
-        max_block_ms=5_000,  # send() waits for a topic at most this long; Ctrl-C acts after it
+        linger_ms=20,  # a batch waits at most this long for more events; doubles the throughput
+        max_block_ms=5_000,  # send() blocks for at most this long, which also delays Ctrl-C
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
         **SECURITY_SETTINGS,
         **settings,
@@ -170,7 +170,7 @@ class BrokerStatus(logging.Handler):
             address = self.addresses.get(connection.node_id, "Kafka")
             ready = connection.init_future.succeeded()
             if ready and isinstance(error, errors.RequestTimedOutError):
-                return  # slow, perhaps; if it is unreachable, the next connection fails
+                return  # perhaps it is only slow; if not, the reconnection fails and is reported
             at_login = isinstance(error.__context__, ssl.SSLError)  # in the TLS handshake
             at_login = at_login or bool(SECURITY_SETTINGS and connection.parser and not ready)
             login_reported = self.unreachable.get(address)

@@ -105,12 +105,13 @@ class Witness:
         return [assigned_partitions(member.assignment) for member in members]
 
     def group_is_balanced(self, members: int) -> bool:
-        """Return whether the group has this many members, which share all partitions evenly."""
+        """Return whether this many members share the topic's partitions evenly."""
         partitions = self.partitions()
         assigned = self.assignments()
         sizes = {len(member) for member in assigned}
         return (
-            len(assigned) == members
+            bool(partitions)
+            and len(assigned) == members
             and sorted(number for member in assigned for number in member) == partitions
             and max(sizes) - min(sizes) <= 1
         )
