@@ -23,7 +23,7 @@ from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
-GROUP_ID = "event-watchers"  # of consumer.py and processor.py; a producer is in no group
+GROUP_ID = "event-watchers"  # of consumer.py and processor.py; producer.py does not use it
 SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and so on (README)
     name: os.environ[f"KAFKA_{name.upper()}"]
     for name in (
@@ -53,7 +53,7 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
         max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
         metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
         fetch_max_bytes=2 * 1024 * 1024,  # takes 11 s at 200 kB/s; a fetch times out after 30 s
-        fetch_max_wait_ms=100,  # the broker answers a fetch that finds no events after this
+        fetch_max_wait_ms=100,  # after this, a fetch that finds no events is answered
         max_poll_records=5_000,  # this many events are counted between two reports
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
         **SECURITY_SETTINGS,
@@ -249,7 +249,7 @@ class BrokerStatus(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.addresses: dict[Any, str] = {}  # by node ID
-        self.unreachable: dict[str, bool] = {}  # by address: is a failed login reported?
+        self.outages: dict[str, bool] = {}  # by address: has a failed login been reported?
 
     def emit(self, record: Any) -> None:
         # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
@@ -258,8 +258,8 @@ class BrokerStatus(logging.Handler):
             self.addresses[node_id] = f"{host}:{port}"
         elif record.msg == "%s: Connected":
             address = self.addresses.get(record.args[0].node_id, "Kafka")
-            if address in self.unreachable:
-                del self.unreachable[address]
+            if address in self.outages:
+                del self.outages[address]
                 log.info("connected to %s", address)
         elif record.msg == "%s: Connection lost: %s":
             connection, error = record.args
@@ -269,9 +269,9 @@ class BrokerStatus(logging.Handler):
                 return  # perhaps it is only slow; if not, the reconnection fails and is reported
             at_login = isinstance(error.__context__, ssl.SSLError)  # in the TLS handshake
             at_login = at_login or bool(SECURITY_SETTINGS and connection.parser and not ready)
-            login_reported = self.unreachable.get(address)
+            login_reported = self.outages.get(address)
             if login_reported is None or (at_login and not login_reported):
-                self.unreachable[address] = at_login
+                self.outages[address] = at_login
                 reason = f"during login: {error}" if at_login else error
                 log.warning("no connection to %s (%s); retrying", address, reason)
 
@@ -294,7 +294,7 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
 def request_stop(signum: int, _: Any) -> None:
     """Have the loop stop when the batch in hand is finished. A second Ctrl-C exits at once."""
     now = time.monotonic()
-    if stop_requests and now > stop_requests[0] + 0.5:  # the timeout command sends two
+    if stop_requests and now > stop_requests[0] + 0.5:  # `timeout` sends two signals
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     stop_requests.append(now)

@@ -25,7 +25,7 @@ from kafka import KafkaProducer, errors
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
-GROUP_ID = "event-watchers"  # of consumer.py and processor.py; a producer is in no group
+GROUP_ID = "event-watchers"  # of consumer.py and processor.py; producer.py does not use it
 SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and so on (README)
     name: os.environ[f"KAFKA_{name.upper()}"]
     for name in (
@@ -153,7 +153,7 @@ class BrokerStatus(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.addresses: dict[Any, str] = {}  # by node ID
-        self.unreachable: dict[str, bool] = {}  # by address: is a failed login reported?
+        self.outages: dict[str, bool] = {}  # by address: has a failed login been reported?
 
     def emit(self, record: Any) -> None:
         # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
@@ -162,8 +162,8 @@ class BrokerStatus(logging.Handler):
             self.addresses[node_id] = f"{host}:{port}"
         elif record.msg == "%s: Connected":
             address = self.addresses.get(record.args[0].node_id, "Kafka")
-            if address in self.unreachable:
-                del self.unreachable[address]
+            if address in self.outages:
+                del self.outages[address]
                 log.info("connected to %s", address)
         elif record.msg == "%s: Connection lost: %s":
             connection, error = record.args
@@ -173,9 +173,9 @@ class BrokerStatus(logging.Handler):
                 return  # perhaps it is only slow; if not, the reconnection fails and is reported
             at_login = isinstance(error.__context__, ssl.SSLError)  # in the TLS handshake
             at_login = at_login or bool(SECURITY_SETTINGS and connection.parser and not ready)
-            login_reported = self.unreachable.get(address)
+            login_reported = self.outages.get(address)
             if login_reported is None or (at_login and not login_reported):
-                self.unreachable[address] = at_login
+                self.outages[address] = at_login
                 reason = f"during login: {error}" if at_login else error
                 log.warning("no connection to %s (%s); retrying", address, reason)
 
@@ -198,7 +198,7 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
 def request_stop(signum: int, _: Any) -> None:
     """Have the loop stop when the batch in hand is finished. A second Ctrl-C exits at once."""
     now = time.monotonic()
-    if stop_requests and now > stop_requests[0] + 0.5:  # the timeout command sends two
+    if stop_requests and now > stop_requests[0] + 0.5:  # `timeout` sends two signals
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     stop_requests.append(now)
