@@ -1,6 +1,6 @@
 """Count each user's actions in the assigned partitions, and print the counts as JSON.
 
-python processor.py --group mine   in a group of its own it is assigned all partitions
+python processor.py --group mine   alone in a group, it is assigned all partitions
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from kafka.structs import MemberState
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
-GROUP_ID = "event-watchers"  # of consumer.py and processor.py; producer.py does not use it
+GROUP_ID = "event-watchers"  # shared by consumer.py and processor.py; unused in producer.py
 SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and so on (README)
     name: os.environ[f"KAFKA_{name.upper()}"]
     for name in (
@@ -34,7 +34,7 @@ SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and
 }
 log = logging.getLogger("processor.py")
 stop_requests: list[float] = []  # when Ctrl-C or SIGTERM asked the loop to stop
-NO_PARTITIONS = "none; the other members have them all, or there is no topic, access or coordinator"
+NO_PARTITIONS = "none; the other members have them all, or the topic or the group is not available"
 Batches = dict[TopicPartition, list[Any]]  # what a poll() returns: messages by partition
 
 
@@ -52,7 +52,7 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
         heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
         max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
         metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
-        fetch_max_bytes=2 * 1024 * 1024,  # takes 11 s at 200 kB/s; a fetch times out after 30 s
+        fetch_max_bytes=2 * 1024 * 1024,  # arrives in 11 s at 200 kB/s; the time-out is 30 s
         fetch_max_wait_ms=100,  # after this, a fetch that finds no events is answered
         max_poll_records=5_000,  # this many events are counted between two reports
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
@@ -219,7 +219,7 @@ class Report:
 def polls(consumer: KafkaConsumer, rewind: Callable[[], None]) -> Iterator[Batches]:
     """Yield what each poll() returns, until a signal is received. If poll() raises, try again.
 
-    rewind() seeks back to the first event that is not handled: a poll() that raises may skip some.
+    rewind() seeks back to the first unhandled event, because a poll() that raises may skip events.
     """
     failures = 0
     while not stop_requests:
@@ -244,12 +244,12 @@ def polls(consumer: KafkaConsumer, rewind: Callable[[], None]) -> Iterator[Batch
 
 
 class BrokerStatus(logging.Handler):
-    """Report unreachable brokers by what kafka-python logs: it has no public hook for them."""
+    """Report unreachable brokers, from kafka-python's log: it has no public hook for them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.addresses: dict[Any, str] = {}  # by node ID
-        self.outages: dict[str, bool] = {}  # by address: has a failed login been reported?
+        self.outages: dict[str, bool] = {}  # by address; True if a failed login has been reported
 
     def emit(self, record: Any) -> None:
         # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
@@ -287,8 +287,8 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
     if SECURITY_SETTINGS:
         names = ", ".join(f"KAFKA_{name.upper()}" for name in SECURITY_SETTINGS)
         sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS} accepts these settings: {names}")
-    start = "docker compose up -d or python tests/broker.py in the folder kafka-practice"
-    sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS}; start one with {start}")
+    how_to_start = "docker compose up -d or python tests/broker.py in the folder kafka-practice"
+    sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS}; start one with {how_to_start}")
 
 
 def request_stop(signum: int, _: Any) -> None:

@@ -25,7 +25,7 @@ from kafka import KafkaProducer, errors
 
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 TOPIC = "events"
-GROUP_ID = "event-watchers"  # of consumer.py and processor.py; producer.py does not use it
+GROUP_ID = "event-watchers"  # shared by consumer.py and processor.py; unused in producer.py
 SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and so on (README)
     name: os.environ[f"KAFKA_{name.upper()}"]
     for name in (
@@ -67,8 +67,9 @@ def create_producer(**settings: Any) -> KafkaProducer:
         with contextlib.suppress(errors.KafkaError):
             producer.partitions_for(TOPIC)  # by default, brokers create a topic that is asked for
             return producer
-    create = f"python -m kafka.admin -b {BOOTSTRAP_SERVERS.split(',')[0]} topics create -t {TOPIC}"
-    sys.exit(f"--- topic {TOPIC} is missing or forbidden; create it: `{create} --num-partitions 3`")
+    server = BOOTSTRAP_SERVERS.split(",")[0]
+    command = f"python -m kafka.admin -b {server} topics create -t {TOPIC} --num-partitions 3"
+    sys.exit(f"--- topic {TOPIC} is missing or forbidden; create it: `{command}`")
 
 
 def produce(deliveries: "Deliveries", count: float, interval: float) -> None:
@@ -148,12 +149,12 @@ class Deliveries:
 
 # Error handling, down to request_stop(). Skip it at first; README.md shows how to delete it.
 class BrokerStatus(logging.Handler):
-    """Report unreachable brokers by what kafka-python logs: it has no public hook for them."""
+    """Report unreachable brokers, from kafka-python's log: it has no public hook for them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.addresses: dict[Any, str] = {}  # by node ID
-        self.outages: dict[str, bool] = {}  # by address: has a failed login been reported?
+        self.outages: dict[str, bool] = {}  # by address; True if a failed login has been reported
 
     def emit(self, record: Any) -> None:
         # The three texts are the same in kafka-python 3.0.6 to 3.0.12.
@@ -191,8 +192,8 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
     if SECURITY_SETTINGS:
         names = ", ".join(f"KAFKA_{name.upper()}" for name in SECURITY_SETTINGS)
         sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS} accepts these settings: {names}")
-    start = "docker compose up -d or python tests/broker.py in the folder kafka-practice"
-    sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS}; start one with {start}")
+    how_to_start = "docker compose up -d or python tests/broker.py in the folder kafka-practice"
+    sys.exit(f"--- no broker at {BOOTSTRAP_SERVERS}; start one with {how_to_start}")
 
 
 def request_stop(signum: int, _: Any) -> None:
