@@ -57,6 +57,7 @@ def create_producer(**settings: Any) -> KafkaProducer:
         client_id=log.name,  # the client's name in the broker's log and metrics
         acks="all",  # acknowledged by all in-sync replicas, not by the leader alone
         enable_idempotence=True,  # a retry never writes an event twice or out of order
+        batch_size=128 * 1024,  # in bytes; large batches need fewer requests
         linger_ms=20,  # a batch waits at most this long for more events; doubles the throughput
         max_block_ms=5_000,  # send() blocks for at most this long, which also delays Ctrl-C
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
