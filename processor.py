@@ -33,8 +33,8 @@ SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and
     if f"KAFKA_{name.upper()}" in os.environ
 }
 log = logging.getLogger("processor.py")
-stop_requests: list[float] = []  # when Ctrl-C or SIGTERM asked the loop to stop
-NO_PARTITIONS = "none; the other members have them all, or the topic or the group is not available"
+stop_requests: list[float] = []  # the times of Ctrl-C and SIGTERM, which stop the loop
+NO_PARTITIONS = "none; other members have them all, or the topic is missing, or access is denied"
 Batches = dict[TopicPartition, list[Any]]  # what a poll() returns: messages by partition
 
 
@@ -52,9 +52,9 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
         heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
         max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
         metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
-        fetch_max_bytes=2 * 1024 * 1024,  # arrives in 11 s at 200 kB/s; the time-out is 30 s
+        fetch_max_bytes=2 * 1024 * 1024,  # 11 s at 200 kB/s; the request time-out is 30 s
         fetch_max_wait_ms=100,  # after this, a fetch that finds no events is answered
-        max_poll_records=5_000,  # this many events are counted between two reports
+        max_poll_records=5_000,  # at most this many events are counted after each poll()
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
         **SECURITY_SETTINGS,
         **settings,
@@ -195,7 +195,7 @@ class Report:
             self.next_snapshot = started + min(30, max(1, 15 * (time.monotonic() - started)))
 
     def print_snapshot(self, remaining: int | None) -> None:
-        """Print the counts if they are complete and have changed; else report what remains."""
+        """If the counts are complete, print them if they have changed; else report what remains."""
         if self.counts.last_malformed:
             number = sum(state.malformed for state in self.counts.partitions.values())
             last = self.counts.last_malformed
@@ -294,7 +294,7 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
 def request_stop(signum: int, _: Any) -> None:
     """Have the loop stop when the batch in hand is finished. A second Ctrl-C exits at once."""
     now = time.monotonic()
-    if stop_requests and now > stop_requests[0] + 0.5:  # `timeout` sends two signals
+    if stop_requests and now > stop_requests[0] + 0.5:  # the timeout command sends two signals
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     stop_requests.append(now)
@@ -308,7 +308,7 @@ def main() -> None:
     if not (options.group and options.group.isprintable()):
         parser.error("--group: the name is empty or not printable")
     os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # buffered despite -u
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     consumer = connect(create_consumer, options.group)

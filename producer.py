@@ -35,7 +35,7 @@ SECURITY_SETTINGS = {  # for a secured cluster, from KAFKA_SECURITY_PROTOCOL and
     if f"KAFKA_{name.upper()}" in os.environ
 }
 log = logging.getLogger("producer.py")
-stop_requests: list[float] = []  # when Ctrl-C or SIGTERM asked the loop to stop
+stop_requests: list[float] = []  # the times of Ctrl-C and SIGTERM, which stop the loop
 # As keys, the first three hash to partitions 0, 1 and 2 (of three); so do the last three.
 USER_IDS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice", "dave", "carol"]
 ACTIONS = ["view", "click", "add_to_cart", "purchase"]
@@ -111,7 +111,7 @@ class Deliveries:
             log.error("delivery failed: %s", error)
 
     def report_acknowledged(self) -> None:
-        """Print the events that have been acknowledged, and report those that have failed."""
+        """Print the events that have been acknowledged, and report the first that has failed."""
         lines, pending, self.pending = [], self.pending, []
         for event in pending:  # looking at each future is faster than a callback for each
             if not event.future.is_done:
@@ -200,7 +200,7 @@ def connect(create_client: Callable[..., Any], *arguments: Any) -> Any:
 def request_stop(signum: int, _: Any) -> None:
     """Have the loop stop when the batch in hand is finished. A second Ctrl-C exits at once."""
     now = time.monotonic()
-    if stop_requests and now > stop_requests[0] + 0.5:  # `timeout` sends two signals
+    if stop_requests and now > stop_requests[0] + 0.5:  # the timeout command sends two signals
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     stop_requests.append(now)
@@ -216,7 +216,7 @@ def main() -> None:
     if count < 0 or not 0 <= options.interval < math.inf:
         parser.error("N and SECONDS must be finite and not negative")
     os.set_blocking(1, True)  # a pipe left non-blocking (by ssh, node) would drop lines when full
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # always buffered
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # buffered despite -u
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     producer = connect(create_producer)
