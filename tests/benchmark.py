@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 
 def time_program(address: str, command: list[str], lines: int) -> float:
-    """Return how many seconds a program takes to exit or, if not 0, to print that many lines."""
+    """Return the seconds until a program exits or, if `lines` is not 0, has printed so many."""
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *command],

@@ -41,19 +41,25 @@ def test_a_broker_stops_with_its_terminal_and_keeps_events(start: Start, tmp_pat
     folder.mkdir()
     port = free_port()
     witness = Witness(f"localhost:{port}")
-    for signum, status in ((signal.SIGHUP, 0), (signal.SIGKILL, -signal.SIGKILL)):
-        broker = program(start, port, folder)
-        ready = f"ready on localhost:{port}; Ctrl-C stops it"
-        wait_until(lambda: ready in broker.out, "it is ready")
-        if signum == signal.SIGHUP:  # the terminal's window is closed
-            witness.create_topic(3)
-            witness.write([(0, b"key", event())] * 5)
-        assert len(witness.messages()) == 5
-        [java] = java_processes(broker)
-        assert broker.stop(signum) == status
-        if signum == signal.SIGHUP or killed_with_parent():
-            wait_until(lambda: not java.is_running(), "no process is left")
-        assert broker.err == ""
+    ready = f"ready on localhost:{port}; Ctrl-C stops it"
+
+    broker = program(start, port, folder)
+    wait_until(lambda: ready in broker.out, "it is ready")
+    witness.create_topic(3)
+    witness.write([(0, b"key", event())] * 5)
+    [java] = java_processes(broker)
+    assert broker.stop(signal.SIGHUP) == 0  # the terminal's window is closed
+    assert not java.is_running()
+    assert broker.lines[-1] == "stopping Kafka"
+    assert broker.err == ""
+
+    broker = program(start, port, folder)
+    wait_until(lambda: ready in broker.out, "it is ready again")
+    assert len(witness.messages()) == 5
+    [java] = java_processes(broker)
+    broker.stop(signal.SIGKILL if killed_with_parent() else signal.SIGINT)
+    wait_until(lambda: not java.is_running(), "no process is left")
+    assert broker.err == ""
 
 
 def test_a_command_has_a_broker_of_its_own_and_needs_no_java(start: Start, tmp_path: Path) -> None:

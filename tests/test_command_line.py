@@ -33,7 +33,9 @@ def test_a_signal_stops_a_script_that_waits_for_a_broker(signum: int, start: Sta
         "producer.py --interval inf",
         "producer.py --interval -1",
         "consumer.py --group ''",
-        "processor.py --group \udce9",  # a byte that is not UTF-8, as Python represents it
+        "processor.py --group ''",
+        "consumer.py --group \udce9",  # a byte that is not UTF-8, as Python represents it
+        "processor.py --group \udce9",
     ],
 )
 def test_bad_arguments_are_usage_errors(arguments: str, start: Start) -> None:

@@ -67,7 +67,7 @@ def test_a_processor_counts_its_part_and_takes_no_event_from_the_consumers(
     assert_clean_stop(*consumers)
 
 
-def test_every_snapshot_is_whole_while_members_join_and_leave(
+def test_every_snapshot_is_complete_while_members_join_and_leave(
     start: Start, witness: Witness
 ) -> None:
     witness.create_topic(3)

@@ -122,11 +122,12 @@ def test_an_unresponsive_broker_is_reported_and_another_one_used(
     start: Start, broker: Broker
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unresponsive:
-        address = f"127.0.0.1:{unresponsive.getsockname()[1]}"
+        port = unresponsive.getsockname()[1]
+        address = f"127.0.0.1:{port}"
         producer = start(
             "producer.py",
             address=f"{address},{broker.address}",
-            patches={"clients.connect_first_to": unresponsive.getsockname()[1]},
+            patches={"clients.connect_first_to": port},
         )
         wait_until(lambda: producer.lines, "it sends its events to the other one")
         assert_clean_stop(producer)

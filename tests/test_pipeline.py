@@ -30,6 +30,7 @@ def test_shared_code_is_the_same_in_all_scripts() -> None:
     for first_line, end, scripts in (
         ("BOOTSTRAP_SERVERS = ", "log = ", texts),  # the settings
         ("class BrokerStatus", "def main", texts),
+        ("    os.set_blocking", r"    \w+ = connect", texts),  # stdout and the log
         ("def polls", "class BrokerStatus", texts[1:]),
     ):
         block = re.compile(rf"^{first_line}.*?^(?={end})", re.MULTILINE | re.DOTALL)

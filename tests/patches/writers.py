@@ -11,7 +11,7 @@ from kafka import KafkaProducer
 def choose_user_ids(user_ids: list[Any]) -> None:
     """Make producer.py choose these user IDs, one after the other, instead of random ones.
 
-    When none is left, it raises IndexError, as a mistake in the code for an event may.
+    A test sees how an ID is printed that producer.py itself does not have.
     """
     choice = random.choice
 
