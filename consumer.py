@@ -49,7 +49,7 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
         heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
         max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
         metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
-        fetch_max_bytes=2 * 1024 * 1024,  # 11 s at 200 kB/s; the request time-out is 30 s
+        fetch_max_bytes=2 * 1024 * 1024,  # at 200 kB/s, arrives within the 30 s time-out
         fetch_max_wait_ms=100,  # after this, a fetch that finds no events is answered
         max_poll_records=5_000,  # commit less often while catching up
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return

@@ -52,7 +52,7 @@ def create_consumer(group: str, **settings: Any) -> KafkaConsumer:
         heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
         max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
         metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
-        fetch_max_bytes=2 * 1024 * 1024,  # 11 s at 200 kB/s; the request time-out is 30 s
+        fetch_max_bytes=2 * 1024 * 1024,  # at 200 kB/s, arrives within the 30 s time-out
         fetch_max_wait_ms=100,  # after this, a fetch that finds no events is answered
         max_poll_records=5_000,  # at most this many events are counted after each poll()
         reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
@@ -146,7 +146,7 @@ class Counts(ConsumerRebalanceListener):
         remaining = 0
         with contextlib.suppress(errors.KafkaError):
             for partition, state in self.partitions.items():
-                if state.end_offset is None:  # one by one: kafka-python fails for all if one does
+                if state.end_offset is None:  # one by one: one that fails would fail them all
                     offsets = self.consumer.end_offsets([partition], timeout_ms=5_000)
                     state.end_offset = offsets[partition]
                 # Unlike next_offset, the position moves on past deleted and aborted events.
@@ -181,8 +181,8 @@ class Report:
             self.reminder = ""
             log.info("counting partitions of %s: %s (all)", TOPIC, numbers)
         else:
-            part = f"{numbers}; other members have the rest" if assigned else NO_PARTITIONS
-            self.reminder = f"counting partitions of {TOPIC}: {part}"
+            which = f"{numbers}; other members have the rest" if assigned else NO_PARTITIONS
+            self.reminder = f"counting partitions of {TOPIC}: {which}"
             self.reminder += " (--group NAME counts all)"
             log.info(self.reminder)
 

@@ -2,7 +2,8 @@
 
 python producer.py --count 1000 --interval 0   a thousand events, as fast as possible
 
-An event that is not acknowledged within 120 s has failed. The producer then exits with status 1.
+An event has failed if it is not acknowledged within 120 s, or within 10 s of Ctrl-C. The producer
+then exits with status 1.
 """
 
 import contextlib
