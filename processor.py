@@ -170,14 +170,14 @@ class Report:
         """Print the first snapshot when the counts are complete, later ones once a second."""
         try:
             to_go = counts.to_go()
+            first = to_go == 0 and counts.partitions and not self.snapshot
+            if not (first or stop or time.monotonic() >= self.next_time):
+                return
+            comment = counts.scope() if to_go == 0 else f"catching up: {to_go:,} events to go"
         except errors.KafkaError as error:  # a partition has no leader at the moment, for example
             outages.warning("%s; retrying", error)
             return
-        first = to_go == 0 and counts.partitions and not self.snapshot
-        if not (first or stop or time.monotonic() >= self.next_time):
-            return
         snapshot = counts.as_json() if to_go == 0 and counts.partitions else self.snapshot
-        comment = counts.scope() if to_go == 0 else f"catching up: {to_go:,} events to go"
         if snapshot != self.snapshot:
             print(snapshot, flush=True)
         if (snapshot, comment) != (self.snapshot, self.comment):

@@ -182,7 +182,8 @@ def main() -> None:
             status = 1
         deliveries.wait(10)
     if failed := deliveries.sent - deliveries.delivered:  # some of these may be in the log
-        log.error("delivery failed: %s", deliveries.error or "not acknowledged in time")
+        reason = deliveries.error or "not acknowledged in time"
+        log.error("delivery failed: %s (topic %s)", reason, TOPIC)
     log.info("%d delivered, %d failed", deliveries.delivered, failed)
     if deliveries.pending:
         os._exit(1)  # close() would raise a KafkaTimeoutError, now and when Python exits
