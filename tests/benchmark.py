@@ -7,50 +7,38 @@ runs, in turn with the plain loop. Only figures of one run can be compared, beca
 noisy. "speed" is the plain loop's time divided by the script's: higher is faster.
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from broker import MISSING_PACKAGE, ROOT, Broker, Cluster, free_port
-
-try:
-    from witness import Witness
-except ModuleNotFoundError as error:
-    sys.exit(MISSING_PACKAGE.format(error.name, "tests/requirements.txt"))
+from broker import ROOT, Broker, Cluster, free_port
+from witness import Witness
 
 
 def time_program(address: str, command: list[str], lines: int) -> float:
     """Return the seconds until a program exits or, if `lines` is not 0, has printed so many."""
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | {"KAFKA_BOOTSTRAP_SERVERS": address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert process.stdout is not None
-    seen = 0
+    options: Any = {"cwd": ROOT, "env": os.environ | {"KAFKA_BOOTSTRAP_SERVERS": address}}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    began, seen = time.perf_counter(), 0
+    process: Any = subprocess.Popen([sys.executable, *command], **options)
     while chunk := os.read(process.stdout.fileno(), 1 << 20):
         seen += chunk.count(b"\n")
         if lines and seen >= lines:
+            process.kill()
             break
-    seconds = time.perf_counter() - began
-    if lines:
-        process.kill()
-    assert process.wait() == 0 or (lines and seen >= lines), command
-    return seconds
+    else:
+        assert process.wait() == 0, command
+    return time.perf_counter() - began
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=300_000, metavar="N")
     events = parser.parse_args().events
     comparisons = [  # script, its arguments, plain loop, lines after which both are killed
@@ -77,7 +65,6 @@ def main() -> None:
             for label, seconds in fastest.items():
                 speed = f"{fastest['  plain loop'] / seconds:>8.2f}"
                 print(f"{label:<16}{seconds:>8.2f}{events / seconds:>12,.0f}{speed}", flush=True)
-    print("speed: the plain loop's time / the script's time; higher is faster")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,7 @@
 
 # An idle broker adds a record to its own metadata twice a second, which takes a third of its time.
 # The 50 partitions of the topic for the groups' offsets take time to be created and restored.
-LIGHT = {
-    "KAFKA_METADATA_MAX_IDLE_INTERVAL_MS": "0",
-    "KAFKA_OFFSETS_TOPIC_NUM_PARTITIONS": "3",
-}
-WITHOUT_TOPIC_CREATION = LIGHT | {"KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false"}
+LIGHT = {"KAFKA_METADATA_MAX_IDLE_INTERVAL_MS": "0", "KAFKA_OFFSETS_TOPIC_NUM_PARTITIONS": "3"}
 # After a kill -9, the controller lets a broker return when its session is over, 9 s by default.
 FAST_RETURN = LIGHT | {
     "KAFKA_BROKER_SESSION_TIMEOUT_MS": "1500",

@@ -1,4 +1,7 @@
-"""The fixtures. Tests run on their own brokers, on free ports, and leave no process behind."""
+"""The fixtures. Tests run on their own brokers, on free ports, and leave no process behind.
+
+Nothing is downloaded or started before a test needs it.
+"""
 
 import os
 import signal
@@ -8,41 +11,24 @@ from pathlib import Path
 
 import psutil
 import pytest
-from broker import Broker, version
+from broker import Broker, jars, version
 from broker_settings import LIGHT
+from filelock import FileLock
 from proxy import Proxy, add_proxy
-from scripts import Pipe, Start, wait_until
+from scripts import Start, wait_until
 from witness import Witness
 
 # A shell starts background jobs with Ctrl-C and Ctrl-\ ignored, which processes inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
-
-def pytest_configure() -> None:
-    """Have Java store the classes that a broker loads: other brokers start twice as fast (JEP 514).
-
-    This also downloads Kafka before pytest-xdist's processes start. They find the stored classes.
-    """
-    # Not in pytest's cache: that may be switched off, or in a folder that is read-only.
-    folder = Path(tempfile.gettempdir(), f"kafka-practice-{os.getuid()}")
-    folder.mkdir(exist_ok=True)
-    classes = folder / f"{version()}.aot"
-    if not classes.exists():
-        new = folder / f"{os.getpid()}.new"
-        with tempfile.TemporaryDirectory() as data:
-            broker = Broker(Path(data))
-            broker.configure()
-            broker.java_options = (*Broker.java_options, f"-XX:AOTCacheOutput={new}")
-            broker.start()
-            broker.stop()
-        new.rename(classes)
-    # Java's own variable, so that a broker which a test starts by command has them as well.
-    os.environ["JDK_JAVA_OPTIONS"] = f"-XX:AOTCache={classes}"
-
-
 # Each file's tests run one after the other; files with the longest ones should begin first.
-SLOWEST_FIRST = ["test_quick_start", "test_outages", "test_groups", "test_cluster", "test_topics"]
+SLOWEST_FIRST = ["test_quick_start", "test_cluster", "test_groups", "test_outages", "test_broker"]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run more tests at once than there are cores, as most wait; only the functions in one."""
+    return 0 if all("test_functions" in argument for argument in config.args) else 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,7 +37,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Broker, Proxy]]:
+def kafka() -> None:
+    """Download Kafka, and store the classes that a broker loads: others start faster (JEP 514)."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "kafka-practice")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    classes = folder / f"{version()}.aot"
+    with FileLock(folder / "lock"):  # the first of pytest-xdist's processes does it for all
+        jars()
+        if not classes.exists():
+            with tempfile.TemporaryDirectory() as data:
+                broker, new = Broker(Path(data)), folder / "new"
+                broker.configure()
+                broker.java_options = (*Broker.java_options, f"-XX:AOTCacheOutput={new}")
+                broker.start()
+                broker.stop()
+            new.rename(classes)
+    # Java's own variable, so that a broker which a test starts by command has them as well.
+    os.environ["JDK_JAVA_OPTIONS"] = f"-XX:AOTCache={classes}"
+
+
+@pytest.fixture(scope="session")
+def shared_broker(
+    kafka: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Broker, Proxy]]:
     """A broker, and the proxy in front of it, for all tests that do not break it."""
     broker = Broker(tmp_path_factory.mktemp("broker"), environment=LIGHT)
     proxy = add_proxy(broker)
@@ -67,10 +75,11 @@ def broker(shared_broker: tuple[Broker, Proxy]) -> Broker:
     process = psutil.Process(broker.process.pid)
     # The last test's clients may have left a metadata request that waits behind a fetch, on a
     # connection that they have closed: answered after the topic's deletion, it creates the topic.
-    wait_until(
-        lambda: all(c.status != psutil.CONN_CLOSE_WAIT for c in process.net_connections()),
-        "the broker has closed the last test's connections",
-    )
+
+    def is_free_of_old_connections() -> bool:
+        return all(c.status != psutil.CONN_CLOSE_WAIT for c in process.net_connections())
+
+    wait_until(is_free_of_old_connections, "the broker has closed the last test's connections")
     Witness(broker.address).delete_everything()
     return broker
 
@@ -95,11 +104,3 @@ def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
     start = Start(tmp_path, lambda: str(request.getfixturevalue("broker").address))
     yield start
     start.terminate_all()
-
-
-@pytest.fixture
-def pipe() -> Iterator[Pipe]:
-    """A pipe for a script to write to: start(..., stdout=pipe.write_end)."""
-    pipe = Pipe()
-    yield pipe
-    pipe.close()

@@ -1,11 +1,11 @@
-"""Events, the messages that carry them, and their counts."""
+"""Events, well-formed and malformed, the messages that carry them, and their counts."""
 
 import json
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-Counts = dict[str, dict[str, int]]  # how often each user did each action
+Snapshot = dict[str, dict[str, int]]  # how often each user did each action
 
 
 class Message(NamedTuple):
@@ -21,6 +21,23 @@ def event(user_id: Any = "alice", action: Any = "view", **fields: Any) -> bytes:
     return json.dumps(defaults | fields).encode()
 
 
+# What the processor cannot count, and the consumer prints all the same.
+MALFORMED_VALUES: dict[str, bytes | None] = {
+    "no value": None,
+    "not UTF-8": b"\xff\xfe\xfa",
+    "a BOM": b"\xef\xbb\xbf" + event(),
+    "not JSON": b"hello",
+    "a list": b"[1, 2]",
+    "null": b"null",
+    "deeply nested": b"[" * 200_000,
+    "a number of 6,000 digits": b"1" * 6000,
+    "an encoded surrogate": event("@").replace(b"@", b"\xed\xa0\x80"),
+    "no user_id": b'{"action": "view"}',
+    **{f"user_id is {value!r}": event(user_id=value) for value in (1, ["alice"])},
+    **{f"action is {value!r}": event(action=value) for value in (None, {"a": "view"})},
+}
+
+
 def event_line(message: Message) -> str:
     """Return the line that producer and consumer print for a message of printable UTF-8."""
     key, value = ("null" if data is None else data.decode() for data in message[2:])
@@ -32,13 +49,13 @@ def event_lines(messages: Iterable[Message]) -> list[str]:
     return sorted(map(event_line, messages))
 
 
-def counts_of(messages: Iterable[Message]) -> Counts:
+def counts_of(messages: Iterable[Message]) -> Snapshot:
     """Return the counts of these messages, all of them well-formed events."""
     events = [json.loads(message.value or b"") for message in messages]
     return sum_of_counts(*({event["user_id"]: {event["action"]: 1}} for event in events))
 
 
-def sum_of_counts(*several: Counts) -> Counts:
+def sum_of_counts(*several: Snapshot) -> Snapshot:
     totals: dict[str, Counter[str]] = {}
     for counts in several:
         for user_id, actions in counts.items():

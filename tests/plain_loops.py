@@ -1,7 +1,5 @@
 """The fastest plain kafka-python loops that do what the scripts do, for benchmark.py.
 
-python tests/plain_loops.py produce|consume|process NUMBER-OF-EVENTS
-
 They do not report, commit, handle errors or stop at a signal. Their client settings are the fastest
 that were found, with none that a slow line or a transaction would need.
 """
@@ -21,18 +19,6 @@ import producer as script
 SERVERS = os.environ["KAFKA_BOOTSTRAP_SERVERS"]
 
 
-def create_consumer() -> KafkaConsumer:
-    return KafkaConsumer(
-        script.TOPIC,
-        bootstrap_servers=SERVERS,
-        group_id=str(uuid.uuid4()),
-        auto_offset_reset="earliest",
-        enable_auto_commit=False,
-        max_partition_fetch_bytes=4 * 1024 * 1024,
-        max_poll_records=5_000,
-    )
-
-
 def produce(number: int) -> None:
     producer = KafkaProducer(bootstrap_servers=SERVERS, linger_ms=20, batch_size=128 * 1024)
     for _ in range(number):
@@ -40,6 +26,13 @@ def produce(number: int) -> None:
         key, value = event["user_id"].encode(), json.dumps(event).encode()
         producer.send(script.TOPIC, key=key, value=value)
     producer.flush()
+
+
+def create_consumer() -> KafkaConsumer:
+    start = {"group_id": str(uuid.uuid4()), "auto_offset_reset": "earliest"}
+    fast = {"max_partition_fetch_bytes": 4 * 1024 * 1024, "max_poll_records": 5_000}
+    settings = {"bootstrap_servers": SERVERS, "enable_auto_commit": False, **start, **fast}
+    return KafkaConsumer(script.TOPIC, **settings)
 
 
 def consume(number: int) -> None:

@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterator
 from broker import Broker, free_port
 
 # Kafka's numbers for kinds of requests, for Proxy.pass_response.
-PRODUCE, OFFSET_COMMIT, HEARTBEAT, SYNC_GROUP = 0, 8, 12, 14
+PRODUCE, OFFSET_COMMIT, SYNC_GROUP = 0, 8, 14
+Keys = dict[int, int]  # the kinds of requests, by their correlation IDs
+Connection = socket.socket
 
 
 class Proxy:
     """Forward connections from one port to another, also while nobody listens there.
 
     As with a port that Docker publishes, a client can connect although the broker is down, and is
-    disconnected at once. Three attributes may be changed at any time:
+    disconnected at once. Two attributes may be changed at any time:
 
     pass_response(api_key): called before a response is forwarded, with the kind of its request;
         may wait. If it returns False, the connection is closed instead.
-    delay: the seconds for which each request is held back.
     bytes_per_second: the bandwidth that all responses share.
     """
 
@@ -37,7 +38,6 @@ class Proxy:
     def reset(self) -> None:
         """Forward everything at once, as at the beginning."""
         self.pass_response: Callable[[int], bool] = lambda api_key: True
-        self.delay = 0.0
         self.bytes_per_second = math.inf
 
     def accept(self) -> None:
@@ -49,24 +49,19 @@ class Proxy:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 client.close()
                 continue
-            api_keys: dict[int, int] = {}  # of the requests, by correlation ID
+            api_keys: Keys = {}
             for forward in (self.forward_requests, self.forward_responses):
                 arguments = (client, server, api_keys)
                 threading.Thread(target=forward, args=arguments, daemon=True).start()
 
-    def forward_requests(
-        self, client: socket.socket, server: socket.socket, api_keys: dict[int, int]
-    ) -> None:
+    def forward_requests(self, client: Connection, server: Connection, api_keys: Keys) -> None:
         with closing_both(client, server), client.makefile("rb") as stream:
             while message := read_message(stream.read):
                 api_key, _, correlation_id = struct.unpack_from(">hhi", message, 4)
                 api_keys[correlation_id] = api_key
-                time.sleep(self.delay)
                 server.sendall(message)
 
-    def forward_responses(
-        self, client: socket.socket, server: socket.socket, api_keys: dict[int, int]
-    ) -> None:
+    def forward_responses(self, client: Connection, server: Connection, api_keys: Keys) -> None:
         with closing_both(client, server), server.makefile("rb") as stream:
             while message := read_message(stream.read):
                 [correlation_id] = struct.unpack_from(">i", message, 4)
@@ -86,7 +81,7 @@ def read_message(read: Callable[[int], bytes]) -> bytes:
 
 
 @contextlib.contextmanager
-def closing_both(*connections: socket.socket) -> Iterator[None]:
+def closing_both(*connections: Connection) -> Iterator[None]:
     # struct.error: a message that is cut off, as its sender was killed.
     with contextlib.suppress(OSError, struct.error):
         yield

@@ -16,12 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
-import reports
+import stderr_lines
 from broker import ROOT
-from events import Counts
+from events import Snapshot, counts_of, event_lines
 
 SCRIPTS = ("producer.py", "consumer.py", "processor.py")
 TOPIC = "events"
@@ -30,10 +30,15 @@ TIMEOUT = 60.0  # seconds; generous, as a test that passes does not wait for it
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout: float = TIMEOUT) -> Any:
-    """Wait until the condition is true and return its value; after `timeout` seconds, fail."""
+    """Wait until the condition is true and return its value.
+
+    Fail after `timeout` seconds, or when a script of this test has ended with a traceback.
+    """
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        for script in Script.running:
+            assert not script.has_crashed(), f"{script.command}, before {what}:\n{script.err}"
         time.sleep(0.1)
     return value
 
@@ -41,26 +46,19 @@ def wait_until(condition: Callable[[], Any], what: str, timeout: float = TIMEOUT
 class Script:
     """One of the three scripts, or another command, as a process."""
 
+    running: ClassVar[list["Script"]] = []  # those whose end the test has not waited for yet
+
     def __init__(
-        self,
-        command: list[str],
-        folder: Path,
-        environment: dict[str, str],
-        stdout: int | None = None,
+        self, command: list[str], folder: Path, environment: dict[str, str], stdout: int | None
     ) -> None:
         number = len(list(folder.glob("*.err")))
         self.command = command
-        self.out_file = folder / f"{number}.out"
-        self.err_file = folder / f"{number}.err"
+        self.out_file, self.err_file = folder / f"{number}.out", folder / f"{number}.err"
         with self.out_file.open("wb") as file, self.err_file.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file if stdout is None else stdout,
-                stderr=stderr,
-            )
+            options: Any = {"stdin": subprocess.DEVNULL, "stderr": stderr, "cwd": ROOT}
+            options |= {"stdout": stdout or file, "env": os.environ | environment}
+            self.process = subprocess.Popen(command, **options)
+        Script.running.append(self)
 
     @property
     def out(self) -> str:
@@ -78,7 +76,7 @@ class Script:
         return self.out.split("\n")[:-1]
 
     @property
-    def snapshots(self) -> list[Counts]:
+    def snapshots(self) -> list[Snapshot]:
         """The complete JSON documents of stdout, which must contain nothing else."""
         documents, text = [], self.out
         while text.strip():
@@ -92,18 +90,23 @@ class Script:
         return documents
 
     def find(self, pattern: str) -> list[Any]:
-        """Return the matches of a pattern, from reports.py, in stderr, as re.findall() does."""
+        """Return what re.findall() finds in stderr for a pattern from stderr_lines.py."""
         return re.findall(pattern, self.err, re.MULTILINE)
 
     @property
     def assigned(self) -> list[int] | None:
         """The partitions that were last reported as assigned; None before the first report."""
-        found = self.find(reports.ASSIGNMENT)
+        found = self.find(stderr_lines.ASSIGNED)
         return [int(number) for number in re.findall(r"\d+", found[-1])] if found else None
 
     def wait(self, timeout: float = TIMEOUT) -> int:
         """Wait until it exits; return the exit status."""
+        if self in Script.running:
+            Script.running.remove(self)
         return self.process.wait(timeout)
+
+    def has_crashed(self) -> bool:
+        return self.process.poll() is not None and "Traceback" in self.err
 
     def stop(self, signum: int = signal.SIGINT, timeout: float = TIMEOUT) -> int:
         """Send Ctrl-C or another signal; return the exit status."""
@@ -119,14 +122,10 @@ class Script:
             return []
 
 
-def script_command(*arguments: str, patches: dict[str, Any] | None = None) -> list[str]:
-    """Return the command that runs a script, with patches of kafka-python if there are any."""
+def script_command(*arguments: str) -> list[str]:
+    """Return the command that runs a script."""
     script, *options = arguments
-    command = [sys.executable, str(ROOT / script), *options]
-    if patches:
-        runner = ROOT / "tests" / "patches" / "run.py"
-        command[1:1] = [str(runner), json.dumps(patches)]
-    return command
+    return [sys.executable, str(ROOT / script), *options]
 
 
 class Start:
@@ -140,7 +139,8 @@ class Start:
     def __call__(
         self,
         *arguments: str,
-        patches: dict[str, Any] | None = None,
+        edit: tuple[str, str] | None = None,
+        settings: dict[str, Any] | None = None,
         command: list[str] | None = None,
         address: str | None = None,
         environment: dict[str, str] | None = None,
@@ -148,13 +148,21 @@ class Start:
     ) -> Script:
         """Start a script with these arguments, or another command.
 
-        It finds the test's broker, or that at `address`. Before it runs, `patches` are applied:
-        the names of functions in tests/patches, with their argument.
+        It finds the test's broker, or that at `address`. `settings` are those of its client.
+        `edit` is a text in the script and what replaces it, such as a shorter time.
         """
         if address is None:
             address = self.default_address()
         variables = {"KAFKA_BOOTSTRAP_SERVERS": address, **(environment or {})}
-        command = command or script_command(*arguments, patches=patches)
+        if settings:
+            variables["KAFKA_CLIENT_SETTINGS"] = json.dumps(settings)
+        command = command or script_command(*arguments)
+        if edit:
+            text = (ROOT / arguments[0]).read_text()
+            assert text.count(edit[0]) == 1
+            copy = self.folder / f"{len(self.scripts)}-{arguments[0]}"
+            copy.write_text(text.replace(*edit))
+            command[1] = str(copy)
         self.scripts.append(Script(command, self.folder, variables, stdout))
         return self.scripts[-1]
 
@@ -165,21 +173,21 @@ class Start:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.terminate()
         for script in self.scripts:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 script.wait(20)
-            except subprocess.TimeoutExpired:
-                script.process.kill()
-                script.wait()
+            script.process.kill()
+            script.wait()
             print(f"--- {script.command}: {script.process.returncode}")
             print(script.out[-400:], script.err[-4000:], sep="\n")
 
 
 class Pipe:
-    """A pipe whose write end is a script's stdout, and which only read() empties."""
+    """A pipe for a script's stdout: start(..., stdout=pipe.write_end). Only read() empties it."""
 
     def __init__(self) -> None:
-        self.read_end, self.write_end = os.pipe()
-        os.set_blocking(self.read_end, False)
+        read_end, self.write_end = os.pipe()
+        self.reader = os.fdopen(read_end, "rb", buffering=0)
+        os.set_blocking(read_end, False)
         self.contents = b""
 
     def is_full(self) -> bool:
@@ -187,14 +195,9 @@ class Pipe:
 
     def read(self) -> bytes:
         """Return everything that has been written to the pipe so far."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.contents += os.read(self.read_end, 1 << 20)
+        while chunk := self.reader.read(1 << 20):
+            self.contents += chunk
         return self.contents
-
-    def close(self) -> None:
-        os.close(self.read_end)
-        os.close(self.write_end)
 
 
 @contextlib.contextmanager
@@ -207,6 +210,11 @@ def frozen(*several: Any) -> Iterator[None]:
     finally:
         for one in several:
             one.process.send_signal(signal.SIGCONT)
+
+
+def start_readers(start: Start, **options: Any) -> tuple[Script, Script]:
+    """Start a consumer and a processor in separate groups."""
+    return start("consumer.py", **options), start("processor.py", "--group", "other", **options)
 
 
 def send_events(start: Start, number: int, **options: Any) -> Script:
@@ -225,14 +233,31 @@ def printed_lines(*scripts: Script) -> list[str]:
 
 
 def assert_plain_stderr(*scripts: Script) -> None:
-    """Check that each script has reported a few plain lines at most, and no traceback."""
+    """Check that each script has printed only its own lines, and few beside its assignments."""
     for script in scripts:
-        assert "Traceback" not in script.err
-        assert len(script.err.splitlines()) < 15, script.err
+        lines = script.err.splitlines()
+        assert all(line.startswith("--- ") for line in lines), script.err
+        assert len([line for line in lines if " assigned " not in line]) < 15, script.err
 
 
-def assert_clean_stop(*scripts: Script) -> None:
+def assert_clean_stop(*scripts: Script, signum: int = signal.SIGINT) -> None:
     """Stop the scripts, one after the other; each must exit with status 0 and a plain stderr."""
     for script in scripts:
-        assert script.stop() == 0
+        assert script.stop(signum, timeout=20) == 0
         assert_plain_stderr(script)
+
+
+def run_pipeline(start: Start, witness: Any, **options: Any) -> list[Script]:
+    """Have a hundred events sent, printed and counted; return the three scripts."""
+    producer = send_events(start, 100, **options)
+    log = witness.messages()
+    assert printed_lines(producer) == event_lines(log)
+    assert witness.partitions() == [0, 1, 2]
+    consumer = start("consumer.py", **options)
+    wait_until(lambda: len(consumer.lines) >= 100, "all events are printed")
+    assert consumer.stop() == 0
+    assert printed_lines(consumer) == printed_lines(producer)
+    processor = start("processor.py", "--once", "--group", "counting", **options)
+    assert processor.wait() == 0
+    assert processor.snapshots == [counts_of(log)]
+    return [producer, consumer, processor]

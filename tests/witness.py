@@ -1,15 +1,17 @@
 """The witness: a broker as librdkafka sees it, which shares no code with the client under test."""
 
-import contextlib
 import struct
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import ConsumerGroupTopicPartitions as GroupRequest
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 from events import Message
 from scripts import GROUP_ID, TIMEOUT, TOPIC, wait_until
+
+Data = bytes | None  # a key or a value
 
 
 class Witness:
@@ -20,8 +22,6 @@ class Witness:
         # librdkafka tries IPv6 as well, and reports connections that a test breaks.
         self.settings = {"bootstrap.servers": address, "broker.address.family": "v4"}
         self.admin = AdminClient({**self.settings, "log_level": 0})
-
-    # Topics
 
     def topics(self) -> dict[str, Any]:
         return self.admin.list_topics(timeout=TIMEOUT).topics
@@ -41,9 +41,8 @@ class Witness:
         def is_created() -> bool:
             self.delete_topics(TOPIC)
             topic = NewTopic(TOPIC, partitions, 1)
-            return self.request(
-                self.admin.create_topics, topic, allowed=KafkaError.TOPIC_ALREADY_EXISTS
-            )
+            exists = KafkaError.TOPIC_ALREADY_EXISTS
+            return self.request(self.admin.create_topics, topic, allowed=exists)
 
         wait_until(is_created, "the topic is created")
         wait_until(lambda: len(self.partitions()) == partitions, "the topic is there")
@@ -69,9 +68,7 @@ class Witness:
         for future in self.admin.delete_records(requested).values():
             future.result()
 
-    def request(
-        self, call: Callable[..., dict[Any, Any]], what: object, allowed: int | None = None
-    ) -> bool:
+    def request(self, call: Callable[..., Any], what: object, allowed: int | None = None) -> bool:
         """Send the controller a request; return whether it succeeded, False if `allowed` failed it.
 
         Repeat it if need be: a busy librdkafka may not notice that it knows the controller by now.
@@ -87,8 +84,6 @@ class Witness:
         wait_until(is_answered, "the controller answers")
         assert codes in ([], [allowed])
         return not codes
-
-    # Consumer groups
 
     def groups(self) -> list[str]:
         listed = self.admin.list_consumer_groups(request_timeout=TIMEOUT).result()
@@ -106,39 +101,24 @@ class Witness:
 
     def group_is_balanced(self, members: int) -> bool:
         """Return whether this many members share the topic's partitions evenly."""
-        partitions = self.partitions()
-        assigned = self.assignments()
-        sizes = {len(member) for member in assigned}
-        return (
-            bool(partitions)
-            and len(assigned) == members
-            and sorted(number for member in assigned for number in member) == partitions
-            and max(sizes) - min(sizes) <= 1
-        )
+        partitions, assigned = self.partitions(), self.assignments()
+        sizes = {len(member) for member in assigned} or {0}
+        is_even = len(assigned) == members and max(sizes) - min(sizes) <= 1
+        all_assigned = sorted(number for member in assigned for number in member)
+        return is_even and all_assigned == partitions != []
 
     def committed(self) -> dict[int, int]:
         """Return the group's committed offset of each partition that has one."""
-        partitions = [TopicPartition(TOPIC, number) for number in self.partitions()]
-        consumer = Consumer({**self.settings, "group.id": GROUP_ID})
-
-        def answer() -> list[TopicPartition] | None:
-            with contextlib.suppress(KafkaException):  # the coordinator is not ready yet
-                return consumer.committed(partitions, timeout=TIMEOUT)
-            return None
-
-        answers = wait_until(answer, "the coordinator answers") if partitions else []
-        consumer.close()
-        return {found.partition: found.offset for found in answers if found.offset >= 0}
-
-    # Messages
+        requests = [GroupRequest(GROUP_ID)]
+        [future] = self.admin.list_consumer_group_offsets(requests).values()
+        found = future.result(TIMEOUT).topic_partitions
+        return {partition.partition: partition.offset for partition in found}
 
     def messages(self) -> list[Message]:
         """Return all messages of the topic, by partition and offset."""
-        consumer = Consumer(
-            {**self.settings, "group.id": "witness", "enable.partition.eof": True}
-            | {"enable.auto.commit": False, "auto.offset.reset": "earliest"}
-            | {"fetch.wait.max.ms": 10}  # the broker's delay before it reports the log end
-        )
+        settings = {"group.id": "witness", "enable.auto.commit": False, "fetch.wait.max.ms": 10}
+        settings |= {"auto.offset.reset": "earliest", "enable.partition.eof": True}
+        consumer = Consumer({**self.settings, **settings})
         unread = set(self.partitions())
         consumer.assign([TopicPartition(TOPIC, number, 0) for number in unread])
         messages = []
@@ -156,9 +136,7 @@ class Witness:
         consumer.close()
         return sorted(messages, key=lambda message: (message.partition, message.offset))
 
-    def write(
-        self, messages: Iterable[tuple[int, bytes | None, bytes | None]], compression: str = "none"
-    ) -> None:
+    def write(self, messages: Iterable[tuple[int, Data, Data]], compression: str = "none") -> None:
         """Write messages, given as partition, key and value."""
         errors: set[object] = set()
         producer = Producer({**self.settings, "linger.ms": 5, "compression.type": compression})

@@ -1,0 +1,494 @@
+"""The scripts' functions, without a broker: read this file as their specification."""
+
+import io
+import json
+import logging
+import math
+import re
+from datetime import datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+from uuid import UUID
+
+import pytest
+from broker import ROOT
+from events import MALFORMED_VALUES, Message, event
+from kafka import KafkaConsumer, TopicPartition, errors
+from kafka.structs import MemberState
+from scripts import SCRIPTS
+
+import consumer
+import processor
+import producer
+
+Capture = pytest.CaptureFixture[str]
+Logs = pytest.LogCaptureFixture
+Patch = pytest.MonkeyPatch
+READERS = (consumer, processor)
+P0, P1, P2 = (TopicPartition("events", number) for number in range(3))
+REFUSED = errors.KafkaConnectionError("refused")
+NO_ANSWER = errors.KafkaTimeoutError("no answer")
+
+
+class Clock:
+    """Stands for the module `time` in a script; its time passes only while the script sleeps."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: Patch) -> Clock:
+    """Give the scripts a fake clock, and undo what a test does to their global variables."""
+    clock = Clock()
+    for script in (producer, *READERS):
+        monkeypatch.setattr(script, "time", clock)
+        monkeypatch.setattr(script, "stop", False)
+        monkeypatch.setattr(script, "next_times", {})
+    return clock
+
+
+@pytest.fixture
+def client() -> Any:
+    """A KafkaConsumer without a broker, which is assigned partition 0."""
+    client = mock.create_autospec(KafkaConsumer, instance=True)
+
+    def assign(_: Any, listener: Any = mock.Mock()) -> None:  # noqa: B008
+        listener.on_partitions_assigned({P0})
+
+    client.subscribe.side_effect = assign
+    client.assignment.return_value = {P0}
+    client.partitions_for_topic.return_value = {0, 1, 2}
+    client.committed.return_value = None
+    client.position.return_value = 0
+    client.end_offsets.side_effect = lambda partitions, **_: dict.fromkeys(partitions, 0)
+    client.group_metadata.return_value.state = MemberState.STABLE
+    client._coordinator = mock.Mock()
+    return client
+
+
+def run(reader: Any, client: Any, *polls: Any) -> None:
+    """Run the reader's loop until poll() has returned, or raised, these results."""
+
+    def results() -> Any:
+        yield from polls
+        reader.stop = True
+        yield {}
+
+    client.poll.side_effect = results()
+    if reader is consumer:
+        consumer.consume(client)
+    else:
+        processor.process(client, once=False)
+
+
+def batch(partition: TopicPartition, offset: int, *values: bytes | None) -> Any:
+    """Return what poll() returns for messages with these values, beginning at the offset."""
+    number = partition.partition
+    return {partition: [Message(number, n, b"key", v) for n, v in enumerate(values, offset)]}
+
+
+# What is printed
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("Süd 🦀".encode(), "Süd 🦀"),
+        (None, "null"),
+        (b"", ""),
+        (b"\xff\xfe", r"\xff\xfe"),
+        (b"a\r\nb\x1b[2J", r"a\r\nb\x1b[2J"),
+        ("\x7f\x9b\u2028\u202e".encode(), r"\x7f\x9b\u2028\u202e"),
+    ],
+)
+def test_printable_text_is_one_harmless_line(data: bytes | None, expected: str) -> None:
+    assert consumer.printable(data) == producer.printable(data) == expected
+    assert expected.isprintable()
+
+
+@pytest.mark.parametrize(("user_id", "shown"), [("Süd", "Süd"), ("a\x9b\u202e", r"a\x9b\u202e")])
+def test_producer_and_consumer_print_equal_lines(user_id: str, shown: str, capsys: Capture) -> None:
+    deliveries, futures = fake_deliveries(user_id)
+    acknowledge(futures[0], partition=2, offset=41)
+    deliveries.report()
+    message = deliveries.producer.send.call_args.kwargs
+    consumer.print_events({P2: [Message(2, 41, message["key"], message["value"])]})
+    sent, printed = capsys.readouterr().out.splitlines()
+    assert sent == printed
+    assert sent.startswith(f'partition=2 offset=41 key={shown} {{"event_id": "0", ')
+    assert f'"user_id": "{shown}"' in sent
+
+
+def test_one_record_in_ten_seconds_is_logged_for_each_source_file(clock: Clock) -> None:
+    def passes(file: str) -> bool:
+        return consumer.throttle(logging.makeLogRecord({"pathname": file}))
+
+    assert [passes(file) for file in ("manager.py", "consumer.py", "manager.py")] == [1, 1, 0]
+    clock.now += 9.9
+    assert not passes("manager.py")
+    clock.now += 0.2
+    assert passes("manager.py")
+
+
+# The producer
+
+
+def fake_deliveries(*user_ids: str, quiet: bool = False) -> tuple[Any, list[Any]]:
+    """Return Deliveries that have sent events of these users, and the futures of all events."""
+    futures: list[Any] = []
+
+    def send(*_: Any, **__: Any) -> Any:
+        futures.append(SimpleNamespace(is_done=False, exception=None))
+        return futures[-1]
+
+    deliveries = producer.Deliveries(mock.Mock(send=mock.Mock(side_effect=send)), quiet)
+    for user_id in user_ids:
+        deliveries.send(json.loads(event(user_id)))
+    return deliveries, futures
+
+
+def acknowledge(future: Any, partition: int = 0, offset: int = 0) -> None:
+    future.value = SimpleNamespace(partition=partition, offset=offset)
+    future.is_done = True
+
+
+def test_an_event_has_the_documented_fields() -> None:
+    events = [producer.random_event() for _ in range(100)]
+    for sample in events:
+        assert list(sample) == ["event_id", "user_id", "action", "timestamp"]
+        assert str(UUID(sample["event_id"])) == sample["event_id"]
+        assert datetime.fromisoformat(sample["timestamp"]).utcoffset() == timedelta(0)
+    assert len({sample["event_id"] for sample in events}) == 100
+    assert {sample["action"] for sample in events} == {"view", "click", "add_to_cart", "purchase"}
+
+
+def test_every_event_is_pending_delivered_or_failed(capsys: Capture) -> None:
+    deliveries, futures = fake_deliveries("a", "b", "c", "d")
+    acknowledge(futures[3], offset=3)
+    acknowledge(futures[0], offset=0)
+    futures[1].is_done, futures[1].exception = True, NO_ANSWER
+    deliveries.report()
+    offsets = re.findall(r"offset=(\d)", capsys.readouterr().out)
+    assert offsets == ["0", "3"]  # also those behind one that is pending
+    assert (deliveries.sent, deliveries.delivered) == (4, 2)
+    assert [pending.key for pending in deliveries.pending] == [b"c"]
+    assert deliveries.error == NO_ANSWER
+
+
+@pytest.mark.parametrize("error", [NO_ANSWER, ValueError("no partition")])
+def test_an_event_whose_send_raises_has_failed(error: Exception) -> None:
+    deliveries, _ = fake_deliveries()
+    deliveries.producer.send.side_effect = error
+    deliveries.send(json.loads(event()))
+    assert (deliveries.sent, deliveries.delivered, deliveries.pending) == (1, 0, [])
+    assert deliveries.error == error
+    deliveries.send(json.loads(event("\ud800")))  # which cannot be encoded
+    assert isinstance(deliveries.error, UnicodeEncodeError)
+
+
+def test_events_pending_for_5_s_are_reported(clock: Clock, caplog: Logs) -> None:
+    deliveries, futures = fake_deliveries("a")
+    clock.now += 3
+    deliveries.send(json.loads(event()))
+    deliveries.report()
+    assert not caplog.messages
+    clock.now += 3
+    deliveries.report()
+    assert caplog.messages == ["2 events are not acknowledged yet"]
+    acknowledge(futures[0])
+    deliveries.report()
+    assert len(caplog.messages) == 1  # the other one has been pending for 3 s only
+
+
+@pytest.mark.parametrize(("interval", "number"), [(0.001, 3000), (0.0125, 500), (0.2, 150)])
+def test_the_pace_is_the_one_asked_for(interval: float, number: int, clock: Clock) -> None:
+    times: list[float] = []
+    deliveries: Any = mock.Mock(sent=0, delivered=0, pending=[], error=None)
+
+    def send(_: Any) -> None:
+        times.append(clock.now)
+        if len(times) == 100:  # Ctrl-Z and fg, or a blocked pipe
+            clock.now += 30
+        producer.stop = len(times) == number
+
+    deliveries.send = send
+    producer.produce(deliveries, math.inf, interval)
+    assert times[99] - times[0] == pytest.approx(99 * interval, abs=0.01)
+    at_once = [time for time in times[100:] if time < times[100] + 0.005]
+    assert len(at_once) <= 1 / interval + 1  # the events of a second
+    later = times[100 + len(at_once) :]
+    assert later[-1] - later[0] == pytest.approx((len(later) - 1) * interval, abs=0.01)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(5, 5), (math.inf, 10_000)])
+def test_pending_events_are_bounded_and_a_failure_ends_the_run(count: float, expected: int) -> None:
+    deliveries, futures = fake_deliveries(quiet=True)
+    report = deliveries.report
+
+    def fail_at_first_report() -> None:
+        futures[0].is_done, futures[0].exception = True, NO_ANSWER
+        report()
+
+    deliveries.report = fail_at_first_report
+    producer.produce(deliveries, count, 0)
+    assert deliveries.sent == expected
+    assert deliveries.error == NO_ANSWER
+
+
+# The consumer
+
+
+def test_events_are_printed_then_flushed_then_committed(client: Any, monkeypatch: Patch) -> None:
+    order = mock.Mock(**{"write.side_effect": len})
+    order.attach_mock(client.commit, "commit")
+    monkeypatch.setattr("sys.stdout", order)
+    run(consumer, client, batch(P0, 0, b"a", b"b"), {}, {})
+    calls = [name for name, *_ in order.mock_calls]
+    assert calls.count("commit") == 1  # none for an empty poll()
+    assert "write" in calls[: calls.index("commit")]
+    assert "write" not in calls[calls.index("flush") :]
+    assert calls.index("flush") < calls.index("commit")
+
+    consumer.stop, order.flush.side_effect = False, OSError("No space left on device")
+    with pytest.raises(OSError, match="No space"):
+        run(consumer, client, batch(P0, 2, b"c"))
+    assert client.commit.call_count == 1
+
+
+def test_a_failed_commit_is_repeated(client: Any, capsys: Capture, caplog: Logs) -> None:
+    client.commit.side_effect = [errors.CommitFailedError("removed"), NO_ANSWER, None]
+    run(consumer, client, batch(P0, 0, b"a"), {}, {}, {}, {})
+    assert client.commit.call_count == 3
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    first = "CommitFailedError: removed; the last events may be printed again"
+    assert caplog.messages[0] == first
+
+
+# Recovery, in both readers
+
+
+@pytest.mark.parametrize("error", [REFUSED, errors.UnknownBrokerIdError(2)], ids=str)
+@pytest.mark.parametrize("reader", READERS)
+def test_errors_rewind_a_reader(reader: Any, error: Exception, client: Any, caplog: Logs) -> None:
+    client.committed.return_value = 3
+    run(reader, client, batch(P0, 0, b"a", b"b", b"c"), error, {})
+    assert client.seek.call_args == mock.call(P0, 3)  # committed by the one, counted by the other
+    assert f"{error}; retrying" in caplog.messages
+
+
+def test_the_consumer_rewinds_until_that_succeeds(client: Any, clock: Clock) -> None:
+    client.committed.side_effect = [NO_ANSWER, NO_ANSWER, None]
+    start = clock.now
+    run(consumer, client, REFUSED, {})
+    assert client.seek.mock_calls == [mock.call(P0, 0)]  # nothing is committed: to the beginning
+    assert clock.now - start == 1.5
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_nothing_is_done_before_the_rewind(reader: Any, client: Any, capsys: Capture) -> None:
+    """A poll() takes events and raises, then comes Ctrl-C: the positions are past these events."""
+    client.position.return_value = 3
+    client.end_offsets.side_effect = lambda *_, **__: {P0: 3}
+    client.commit.side_effect = [NO_ANSWER, None]  # the consumer is to repeat its commit
+
+    def polls() -> Any:
+        if reader is consumer:
+            yield batch(P0, 0, b"a")
+        reader.stop = True
+        yield REFUSED
+
+    client.poll.side_effect = polls()
+    with pytest.raises(SystemExit) as end:
+        consumer.consume(client) if reader is consumer else processor.process(client, once=False)
+    assert end.value.code is None  # status 0
+    assert client.commit.call_count == (reader is consumer)
+    assert capsys.readouterr().out == ("partition=0 offset=0 key=key a\n" * (reader is consumer))
+
+
+# The processor
+
+
+def assigned_counts(client: Any, *partitions: TopicPartition) -> processor.Counts:
+    counts = processor.Counts(client)
+    counts.on_partitions_assigned({*partitions})
+    return counts
+
+
+@pytest.mark.parametrize("value", MALFORMED_VALUES.values(), ids=MALFORMED_VALUES.keys())
+def test_a_malformed_event_is_skipped_and_counted_as_such(value: bytes | None, client: Any) -> None:
+    counts = assigned_counts(client, P0)
+    counts.add(batch(P0, 7, event("alice"), value, event("alice")))
+    state = counts.partitions[P0]
+    assert state.counts == {("alice", "view"): 2}
+    assert (state.malformed, state.next_offset) == (1, 10)
+    assert state.malformed_example.startswith("partition=0 offset=8: ")
+    assert state.malformed_example.isprintable()
+
+
+def test_a_partition_is_counted_from_its_beginning_at_each_assignment(client: Any) -> None:
+    counts = assigned_counts(client, P0, P1)
+    client.seek.assert_has_calls([mock.call(P0, 0), mock.call(P1, 0)], any_order=True)
+    counts.add(batch(P0, 0, event("alice")) | batch(P1, 0, event("bob")))
+    counts.on_partitions_revoked({P1, P2})
+    assert json.loads(counts.as_json()) == {"alice": {"view": 1}}
+    counts.on_partitions_assigned({P0})  # revoked and assigned again inside one poll()
+    assert counts.as_json() == "{}"
+    assert client.seek.call_args == mock.call(P0, 0)
+
+
+def test_json_is_indented_sorted_and_harmless(client: Any, monkeypatch: Patch) -> None:
+    counts = assigned_counts(client, P0, P1)
+    users = ["Süd", "\x9b2J", "\u202e", "a\nb", "\ud800", "🦀"]
+    counts.add(batch(P1, 0, *(event(user) for user in users)))
+    counts.add(batch(P0, 0, event("Süd", "click"), event("Süd")))
+    expected = {user: {"view": 1} for user in users} | {"Süd": {"click": 1, "view": 2}}
+    text = counts.as_json()
+    assert json.loads(text) == expected
+    assert [*json.loads(text)] == sorted(users)
+    assert '  "Süd": {\n    "click": 1,\n    "view": 2\n  }' in text
+    assert all(line.isprintable() for line in text.split("\n"))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    assert json.loads(counts.as_json()) == expected
+    assert counts.as_json().isascii()
+
+
+def test_the_line_below_a_snapshot_says_what_it_counts(client: Any) -> None:
+    counts = assigned_counts(client)
+    assert counts.scope() == "assigned partitions of events: none yet"
+    counts.on_partitions_assigned({P1})
+    part = "assigned partitions of events: 1; other members have the rest (--group NAME counts all)"
+    assert counts.scope() == part
+    counts.on_partitions_assigned({P2, P0})
+    assert counts.scope() == "assigned partitions of events: 0, 1, 2"
+    counts.add(batch(P2, 24, b"{}", b"[]") | batch(P0, 3, b"{}", event()))
+    malformed = counts.scope().partition("; malformed events skipped: ")[2]
+    assert malformed.startswith("3, for example partition=2 offset=25: TypeError: ")
+    counts.on_partitions_revoked({P2})
+    assert counts.scope().endswith("1, for example partition=0 offset=3: KeyError: 'user_id'")
+
+
+@pytest.fixture
+def shown(monkeypatch: Patch) -> list[Any]:
+    """The snapshots and the lines below them, in the order in which they appear."""
+    shown: list[Any] = []
+
+    def show(snapshot: str, flush: bool) -> None:
+        shown.append(json.loads(snapshot))
+
+    monkeypatch.setattr(processor, "print", show, raising=False)
+    monkeypatch.setattr(processor.log, "info", shown.append)
+    return shown
+
+
+def test_the_first_snapshot_comes_when_counts_are_complete(client: Any, shown: list[Any]) -> None:
+    counts, report = processor.Counts(client), processor.Report()
+    report.print_if_due(counts)
+    assert shown == ["assigned partitions of events: none yet"]
+    counts.on_partitions_assigned({P0, P1})
+    # The log of partition 0 grows under a producer that the processor cannot outrun. The first
+    # events of partition 1 are deleted: until their end is looked up, there is no position.
+    ends, positions = {P0: 40, P1: 5}, {P0: 0, P1: None}
+    client.end_offsets.side_effect = lambda partitions, **_: {p: ends[p] for p in partitions}
+    client.position.side_effect = lambda partition, **_: positions[partition]
+    for offset in range(60):
+        report.print_if_due(counts)
+        assert len(shown) == 1
+        counts.add(batch(P0, offset, event()))
+        ends[P0] += 10
+        positions[P0] = offset + 1
+    positions[P1] = 5
+    report.print_if_due(counts)
+    assert shown[1] == {"alice": {"view": 60}}
+    assert shown[2].startswith("assigned partitions of events: 0, 1; ")
+
+
+def test_later_snapshots_come_once_a_second(client: Any, shown: list[Any], clock: Clock) -> None:
+    counts, report = assigned_counts(client, P0), processor.Report()
+    for offset in range(25):
+        counts.add(batch(P0, offset, event()))
+        report.print_if_due(counts)
+        clock.now += 0.1
+    snapshots = [what for what in shown if isinstance(what, dict)]
+    assert snapshots == [{"alice": {"view": number}} for number in (1, 11, 21)]
+    for _ in range(9):  # nothing changes but for the last events
+        clock.now += 1
+        report.print_if_due(counts)
+    assert len(shown) == 8
+    counts.add(batch(P0, 25, b"malformed"))
+    clock.now += 1
+    report.print_if_due(counts)
+    assert "malformed events skipped: 1" in shown[8]  # what is counted has changed
+
+
+def test_the_last_snapshot_counts_the_events_read_last(client: Any, shown: list[Any]) -> None:
+    def polls() -> Any:
+        yield batch(P0, 0, event())
+        processor.stop = True  # Ctrl-C, during a poll()
+        yield batch(P0, 1, event())
+
+    client.poll.side_effect = polls()
+    processor.process(client, once=False)
+    assert shown[0::2] == [{"alice": {"view": 1}}, {"alice": {"view": 2}}]
+
+
+# The command line and the environment
+
+
+@pytest.mark.parametrize("option", ["--count", "--interval"])
+@pytest.mark.parametrize("value", ["many", "-1", "nan", "inf"])
+def test_bad_numbers_are_usage_errors(option: str, value: str, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("sys.argv", ["producer.py", option, value])
+    with pytest.raises(SystemExit) as end:
+        producer.main()
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize("script", [producer, *READERS])
+@pytest.mark.parametrize(
+    ("server", "settings"),
+    [
+        ("localhost:abc", {}),
+        ("localhost", {"sasl_plain_pasword": "secret"}),
+        ("localhost", {"client_id": "secret"}),  # which the scripts set themselves
+        ("localhost", {"client_dns_lookup": "secret"}),
+    ],
+)
+def test_malformed_settings_are_reported(
+    server: str, settings: dict[str, str], script: Any, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(script, "BOOTSTRAP_SERVERS", server)
+    monkeypatch.setattr(script, "CLIENT_SETTINGS", settings)
+    with pytest.raises(SystemExit) as end:
+        script.connect() if script is producer else script.connect("group")
+    line = str(end.value.code)
+    assert line.startswith(f"--- cannot connect to {server} (")
+    assert ("; check KAFKA_CLIENT_SETTINGS, " if settings else "; start Kafka with ") in line
+    assert line.endswith(", or check KAFKA_BOOTSTRAP_SERVERS")
+    assert "secret" not in line
+
+
+def test_what_the_scripts_share_is_the_same_in_each() -> None:
+    texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
+    whose_rewind = re.compile(r"def poll.*|\S*rewind\(.*\)")
+    for names, first_line, end in (
+        (SCRIPTS, "BOOTSTRAP_SERVERS", r"TOPIC = [^\n]*\n"),
+        (SCRIPTS, "outages = ", r"\nstop = [^\n]*\n"),
+        (SCRIPTS, r"    except \(errors.KafkaError, TypeError", r"\n\n"),
+        (SCRIPTS, "def throttle", r"\ndef main"),
+        (SCRIPTS, "    logging.basicConfig", r"(?=    \w+ = connect)"),
+        (SCRIPTS[1:], "Batches = ", r"auto_offset_reset"),
+        (SCRIPTS[1:], "            isolation_level", r"max_poll_records"),
+        (SCRIPTS[1:], "def poll", r"\n\n\n"),
+        (SCRIPTS[:2], "def printable", r"\n\n\n"),
+    ):
+        block = re.compile(rf"^{first_line}.*?{end}", re.MULTILINE | re.DOTALL)
+        copies = [block.findall(texts[name]) for name in names]
+        assert len(copies[0]) == 1, first_line
+        assert len({whose_rewind.sub("", copy[0]) for copy in copies}) == 1, first_line
