@@ -1,4 +1,4 @@
-"""Count each user's actions in the assigned partitions, and print the counts as JSON.
+"""Count each user's actions in the assigned partitions, from the first event; print JSON.
 
 python processor.py --group mine   alone in a group, it is assigned all partitions
 """
@@ -25,8 +25,8 @@ TOPIC = "events"
 GROUP_ID = "event-watchers"
 
 log = logging.getLogger("processor.py")
-outages = logging.getLogger("kafka.net.manager")  # kafka-python logs failed connections there
-next_times: dict[str, float] = {}  # when throttle() passes the next record, by source file
+outages = logging.getLogger("kafka.net.manager")  # kafka-python logs failed connections; throttled
+next_times: dict[str, float] = {}  # when throttle() next lets a message through, by source file
 stop = False  # set by Ctrl-C and SIGTERM
 Batches = dict[TopicPartition, list[Any]]  # what poll() returns: messages by partition
 
@@ -39,21 +39,21 @@ def connect(group: str) -> KafkaConsumer:
             bootstrap_timeout_ms=10_000,
             client_id=log.name,  # the member's name in `kafka.admin groups describe`
             group_id=group,
-            auto_offset_reset="earliest",  # if the first events are deleted, begin after them
-            enable_auto_commit=False,  # a commit would make the group's consumers skip events
+            auto_offset_reset="earliest",  # if offset 0 is deleted, start with what is left
+            enable_auto_commit=False,  # consumers in the group would skip what is committed
             isolation_level="read_committed",  # wait for open transactions, skip aborted ones
-            partition_assignment_strategy=[CooperativeStickyAssignor],  # a rebalance moves few
+            partition_assignment_strategy=[CooperativeStickyAssignor],  # moves few partitions
             session_timeout_ms=10_000,  # after this, a crashed member's partitions are reassigned
             heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
             max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
             metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
-            fetch_max_bytes=2 * 1024 * 1024,  # 50 MB, the default, time out on a slow line
-            max_poll_records=5_000,  # at most this many events are counted after each poll()
+            fetch_max_bytes=2 * 1024 * 1024,  # the default, 50 MB, may time out on a slow line
+            max_poll_records=5_000,  # these must be handled within max_poll_interval_ms
             reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
             **CLIENT_SETTINGS,
         )
     except (errors.KafkaError, TypeError, ValueError) as error:
-        reason = "malformed" if isinstance(error, ValueError) else error  # no password is shown
+        reason = "bad setting" if isinstance(error, ValueError) else error  # hides passwords
         start = "start Kafka with docker compose up -d or python tests/broker.py"
         advice = "check KAFKA_CLIENT_SETTINGS" if CLIENT_SETTINGS else start
         advice += ", or check KAFKA_BOOTSTRAP_SERVERS"
@@ -87,7 +87,7 @@ class PartitionState:
     malformed: int = 0
     malformed_example: str = ""  # where, and what is wrong
     next_offset: int = 0  # of the event to count next
-    end_offset: int | None = None  # of the log at assignment; None: not looked up yet
+    end_offset: int | None = None  # of the log when it was assigned; None: not looked up yet
 
 
 class Counts(ConsumerRebalanceListener):
@@ -100,7 +100,7 @@ class Counts(ConsumerRebalanceListener):
     def on_partitions_assigned(self, partitions: set[TopicPartition]) -> None:
         for partition in partitions:
             self.partitions[partition] = PartitionState()
-            self.consumer.seek(partition, 0)  # wherever the group's committed offset is
+            self.consumer.seek(partition, 0)  # regardless of the committed offset
 
     def on_partitions_revoked(self, partitions: set[TopicPartition]) -> None:
         for partition in partitions:
@@ -124,7 +124,7 @@ class Counts(ConsumerRebalanceListener):
             self.consumer.seek(partition, state.next_offset)
 
     def to_go(self) -> int:
-        """Return how many offsets remain up to the log end offsets at assignment.
+        """Return how many offsets remain up to the log end offsets soon after assignment.
 
         Raise KafkaError as long as one of these cannot be looked up.
         """
@@ -187,18 +187,18 @@ class Report:
 
 
 def poll(consumer: KafkaConsumer, counts: Counts) -> Batches:
-    """Return the next events of each partition; nothing after 250 ms.
+    """Return the next events of each partition; {} if there are none within 250 ms.
 
-    After an error, which may have skipped events, rewind and return nothing.
+    After an error, the positions may be past events that poll() has not returned: rewind.
     """
     try:
         if consumer.group_metadata().state == MemberState.REBALANCING:
             # Private: no public call asks for a rejoin. Without it, a member whose join takes
-            # longer than a poll() may never be assigned partitions (compare KAFKA-9815).
+            # longer than a poll() may wait for its partitions for ever (compare KAFKA-9815).
             consumer._coordinator.request_rejoin()
         return consumer.poll(timeout_ms=250)
     except (errors.CorruptRecordError, errors.UnsupportedCodecError) as error:
-        sys.exit(f"--- cannot read events: {error}")  # each further poll() would fail, too
+        sys.exit(f"--- cannot read events: {error}")  # a further poll() would raise or hang
     except errors.KafkaError as error:
         outages.warning("%s; retrying", error)
     while not stop:
@@ -206,11 +206,11 @@ def poll(consumer: KafkaConsumer, counts: Counts) -> Batches:
         with contextlib.suppress(errors.KafkaError):
             counts.rewind()
             return {}
-    sys.exit()  # not rewound: commit and print nothing more
+    sys.exit()  # do not return: the positions are not rewound
 
 
 def throttle(record: logging.LogRecord) -> bool:
-    """Pass one record in 10 s from each source file: kafka-python logs each failed connection."""
+    """Let one log message in 10 s through from each source file."""
     due = time.monotonic() >= next_times.get(record.pathname, 0)
     if due:
         next_times[record.pathname] = time.monotonic() + 10
@@ -232,7 +232,7 @@ def main() -> None:
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     outages.setLevel(logging.WARNING)
     outages.addFilter(throttle)
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # buffered despite -u
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # lossless despite -u
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     consumer = connect(options.group)
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -2,8 +2,8 @@
 
 python producer.py --count 1000 --interval 0   a thousand events, as fast as possible
 
-An event has failed if it is not acknowledged within 120 s, or within 10 s of the end: Ctrl-C, the
-failure of another event, output that cannot be written. The exit status is then 1.
+An event has failed if it is not acknowledged within 120 s. After Ctrl-C, a failure or a full disk,
+the producer waits for 10 s; what is still pending has failed, too. The exit status is then 1.
 """
 
 import json
@@ -30,8 +30,8 @@ USER_IDS = ["sdsdsfsfsfasfasfasfasfa", "sdfsdfsdf452535", "23124234234", "alice"
 ACTIONS = ["view", "click", "add_to_cart", "purchase"]
 
 log = logging.getLogger("producer.py")
-outages = logging.getLogger("kafka.net.manager")  # kafka-python logs failed connections there
-next_times: dict[str, float] = {}  # when throttle() passes the next record, by source file
+outages = logging.getLogger("kafka.net.manager")  # kafka-python logs failed connections; throttled
+next_times: dict[str, float] = {}  # when throttle() next lets a message through, by source file
 stop = False  # set by Ctrl-C and SIGTERM
 
 
@@ -51,7 +51,7 @@ def connect() -> KafkaProducer:
             **CLIENT_SETTINGS,
         )
     except (errors.KafkaError, TypeError, ValueError) as error:
-        reason = "malformed" if isinstance(error, ValueError) else error  # no password is shown
+        reason = "bad setting" if isinstance(error, ValueError) else error  # hides passwords
         start = "start Kafka with docker compose up -d or python tests/broker.py"
         advice = "check KAFKA_CLIENT_SETTINGS" if CLIENT_SETTINGS else start
         advice += ", or check KAFKA_BOOTSTRAP_SERVERS"
@@ -68,13 +68,13 @@ def random_event() -> dict[str, Any]:
 
 
 def produce(deliveries: "Deliveries", count: float, interval: float) -> None:
-    """Send an event per interval until `count` are delivered, one fails or told to stop."""
+    """Send an event per interval, until `count` are delivered, one fails, or told to stop."""
     next_send = time.monotonic()
     while not (stop or deliveries.error or deliveries.delivered >= count):
         due = deliveries.sent < count and time.monotonic() >= next_send
-        if due and len(deliveries.pending) < 10_000:  # kafka-python sets no limit
+        if due and len(deliveries.pending) < 10_000:  # kafka-python itself sets no limit
             deliveries.send(random_event())
-            # Send late events late, but after a long delay no more than a second's events at once.
+            # After a delay, catch up, but send no more than a second's events at once.
             next_send = max(next_send, time.monotonic() - 1) + interval
         else:
             time.sleep(0.005)
@@ -109,7 +109,7 @@ class Deliveries:
     def report(self) -> None:
         """Print the pending events that have been acknowledged."""
         lines, pending, self.pending = [], self.pending, []
-        for event in pending:  # faster than callbacks
+        for event in pending:  # faster than a callback for each
             if not event.future.is_done:
                 self.pending.append(event)
             elif event.future.exception:
@@ -141,7 +141,7 @@ def printable(data: bytes | None) -> str:
 
 
 def throttle(record: logging.LogRecord) -> bool:
-    """Pass one record in 10 s from each source file: kafka-python logs each failed connection."""
+    """Let one log message in 10 s through from each source file."""
     due = time.monotonic() >= next_times.get(record.pathname, 0)
     if due:
         next_times[record.pathname] = time.monotonic() + 10
@@ -156,7 +156,7 @@ def request_stop(*_: Any) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=math.inf, metavar="N", help="of events")
+    parser.add_argument("--count", type=int, default=math.inf, metavar="N", help="events to send")
     parser.add_argument("--interval", type=float, default=1, metavar="SECONDS", help="(default: 1)")
     parser.add_argument("--quiet", action="store_true", help="do not print the events")
     options = parser.parse_args()
@@ -166,7 +166,7 @@ def main() -> None:
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     outages.setLevel(logging.WARNING)
     outages.addFilter(throttle)
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # buffered despite -u
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # lossless despite -u
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     producer = connect()
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -181,7 +181,7 @@ def main() -> None:
             log.error("cannot print: %s", error)
             status = 1
         deliveries.wait(10)
-    if failed := deliveries.sent - deliveries.delivered:  # some of these may be in the log
+    if failed := deliveries.sent - deliveries.delivered:  # these may be in the topic all the same
         reason = deliveries.error or "not acknowledged in time"
         log.error("delivery failed: %s (topic %s)", reason, TOPIC)
     log.info("%d delivered, %d failed", deliveries.delivered, failed)

@@ -60,7 +60,7 @@ def test_the_quick_start_without_docker(kafka: None, tmp_path: Path, start: Star
     assert group.out.count("'client_id': 'processor.py'") == 1
     assert "'lag': " in group.out
 
-    add_partitions, read_again, _ = blocks(section("Things to try"))
+    read_again, add_partitions, _ = blocks(section("Things to try"))
     assert terminal(activate, add_partitions).wait() == 0
     members = (first, second, processor)
     wait_until(lambda: sum(len(m.assigned or []) for m in members) == 6, "all six are assigned")
