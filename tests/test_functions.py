@@ -266,6 +266,7 @@ def test_a_failed_commit_is_repeated(client: Any, capsys: Capture, caplog: Logs)
     client.commit.side_effect = [errors.CommitFailedError("removed"), NO_ANSWER, None]
     run(consumer, client, batch(P0, 0, b"a"), {}, {}, {}, {})
     assert client.commit.call_count == 3
+    assert not client.seek.called
     assert len(capsys.readouterr().out.splitlines()) == 1
     first = "CommitFailedError: removed; the last events may be printed again"
     assert caplog.messages[0] == first
