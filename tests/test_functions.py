@@ -428,13 +428,17 @@ def test_later_snapshots_come_once_a_second(client: Any, shown: list[Any], clock
     assert "malformed events skipped: 1" in shown[8]  # what is counted has changed
 
 
-def test_the_last_snapshot_counts_the_events_read_last(client: Any, shown: list[Any]) -> None:
-    def polls() -> Any:
-        yield batch(P0, 0, event())
-        processor.stop = True  # Ctrl-C, during a poll()
-        yield batch(P0, 1, event())
+def test_the_last_snapshot_counts_the_events_read_last(
+    client: Any, shown: list[Any], monkeypatch: Patch
+) -> None:
+    print_if_due = processor.Report.print_if_due
 
-    client.poll.side_effect = polls()
+    def print_then_stop(report: processor.Report, counts: processor.Counts) -> None:
+        print_if_due(report, counts)
+        processor.stop = client.poll.call_count == 2  # Ctrl-C, after a snapshot was not due
+
+    monkeypatch.setattr(processor.Report, "print_if_due", print_then_stop)
+    client.poll.side_effect = [batch(P0, 0, event()), batch(P0, 1, event())]
     processor.process(client, once=False)
     assert shown[0::2] == [{"alice": {"view": 1}}, {"alice": {"view": 2}}]
 
