@@ -104,7 +104,7 @@ class Deliveries:
             future = self.producer.send(TOPIC, key=key, value=value)
             self.pending.append(PendingEvent(time.monotonic(), key, value, future))
         except (errors.KafkaError, ValueError) as error:
-            self.error = error
+            self.error = self.error or error
 
     def report(self) -> None:
         """Print the pending events that have been acknowledged."""

@@ -2,12 +2,10 @@
 
 python tests/broker.py                  Kafka on localhost:9092 until Ctrl-C; keeps its events
 python tests/broker.py COMMAND...       an empty broker, on a free port, while COMMAND runs
-python tests/broker.py --brokers 3      three brokers until Ctrl-C, three replicas of each
-                                        partition, min.insync.replicas=2
-python tests/broker.py --brokers 3 COMMAND...
+python tests/broker.py --brokers 3 [COMMAND...]   three brokers, with three replicas of each
+                                        partition and min.insync.replicas=2
 
-COMMAND finds the brokers by KAFKA_BOOTSTRAP_SERVERS in its environment. Its exit status is passed
-on.
+COMMAND finds the brokers by KAFKA_BOOTSTRAP_SERVERS. Its exit status is passed on.
 """
 
 import contextlib
@@ -40,7 +38,6 @@ CLAIMED_PORTS: list[socket.socket] = []  # see free_port()
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 Environment = dict[str, str] | None
 START_SECONDS = 120.0
-STOP_SECONDS = 60.0
 
 
 @functools.cache
@@ -212,7 +209,7 @@ class Broker:
         """Stop the broker; cleanly, unless by another signal."""
         if self.process is not None:
             self.process.send_signal(signum)
-            self.process.wait(STOP_SECONDS)
+            self.process.wait(60)
             self.process = None
 
     def __enter__(self) -> "Broker":

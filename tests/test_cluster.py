@@ -80,7 +80,6 @@ def test_a_missing_leader_is_waited_for(start: Start, cluster: Cluster, witness:
     wait_until(lambda: processor.snapshots, "it counts when the leader is back")
     assert processor.snapshots[0] == everything
     wait_until(lambda: len(consumer.lines) == 30, "the remaining events are printed")
-
     cluster.brokers[2].kill()  # what is counted already is kept
     witness.write((partition, b"key", event(f"user {partition}")) for partition in with_leader)
     added = {f"user {partition}": {"view": 1} for partition in with_leader}

@@ -110,7 +110,6 @@ def batch(partition: TopicPartition, offset: int, *values: bytes | None) -> Any:
 )
 def test_printable_text_is_one_harmless_line(data: bytes | None, expected: str) -> None:
     assert consumer.printable(data) == producer.printable(data) == expected
-    assert expected.isprintable()
 
 
 @pytest.mark.parametrize(("user_id", "shown"), [("Süd", "Süd"), ("a\x9b\u202e", r"a\x9b\u202e")])
@@ -188,23 +187,22 @@ def test_an_event_whose_send_raises_has_failed(error: Exception) -> None:
     deliveries.producer.send.side_effect = error
     deliveries.send(json.loads(event()))
     assert (deliveries.sent, deliveries.delivered, deliveries.pending) == (1, 0, [])
-    assert deliveries.error == error
     deliveries.send(json.loads(event("\ud800")))  # which cannot be encoded
-    assert isinstance(deliveries.error, UnicodeEncodeError)
+    assert (deliveries.sent, deliveries.error) == (2, error)  # the first one's
 
 
 def test_events_pending_for_5_s_are_reported(clock: Clock, caplog: Logs) -> None:
     deliveries, futures = fake_deliveries("a")
-    clock.now += 3
+    clock.now += 4.9
     deliveries.send(json.loads(event()))
     deliveries.report()
     assert not caplog.messages
-    clock.now += 3
+    clock.now += 0.2
     deliveries.report()
     assert caplog.messages == ["2 events are not acknowledged yet"]
     acknowledge(futures[0])
     deliveries.report()
-    assert len(caplog.messages) == 1  # the other one has been pending for 3 s only
+    assert len(caplog.messages) == 1  # the other one has not been pending for long
 
 
 @pytest.mark.parametrize(("interval", "number"), [(0.001, 3000), (0.0125, 500), (0.2, 150)])
@@ -222,7 +220,7 @@ def test_the_pace_is_the_one_asked_for(interval: float, number: int, clock: Cloc
     producer.produce(deliveries, math.inf, interval)
     assert times[99] - times[0] == pytest.approx(99 * interval, abs=0.01)
     at_once = [time for time in times[100:] if time < times[100] + 0.005]
-    assert len(at_once) <= 1 / interval + 1  # the events of a second
+    assert 1 / interval - 1 <= len(at_once) <= 1 / interval + 1  # the events of a second
     later = times[100 + len(at_once) :]
     assert later[-1] - later[0] == pytest.approx((len(later) - 1) * interval, abs=0.01)
 
@@ -404,7 +402,10 @@ def test_the_first_snapshot_comes_when_counts_are_complete(client: Any, shown: l
         counts.add(batch(P0, offset, event()))
         ends[P0] += 10
         positions[P0] = offset + 1
-    positions[P1] = 5
+    processor.stop = True  # Ctrl-C before the counts are complete
+    report.print_if_due(counts)
+    assert shown.pop() == "catching up: 5 events to go"
+    processor.stop, positions[P1] = False, 5
     report.print_if_due(counts)
     assert shown[1] == {"alice": {"view": 60}}
     assert shown[2].startswith("assigned partitions of events: 0, 1; ")
@@ -450,6 +451,7 @@ def test_the_last_snapshot_counts_the_events_read_last(
 @pytest.mark.parametrize("value", ["many", "-1", "nan", "inf"])
 def test_bad_numbers_are_usage_errors(option: str, value: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr("sys.argv", ["producer.py", option, value])
+    monkeypatch.setattr(producer, "connect", mock.Mock(side_effect=AssertionError))
     with pytest.raises(SystemExit) as end:
         producer.main()
     assert end.value.code == 2

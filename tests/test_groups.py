@@ -69,7 +69,7 @@ def test_a_stuck_member_is_removed(name: str, start: Start, witness: Witness) ->
         wait_until(lambda: pipe.read().count(b"\n") >= 6000, "all events are printed again")
         wait_until(lambda: witness.committed() == {0: 3000}, "they are committed")
     else:
-        wait_until(lambda: pipe.read().endswith(b"}\n"), "the snapshot is complete")
+        wait_until(lambda: pipe.read().endswith(b"\n}\n"), "the snapshot is complete")
     assert_clean_stop(member)
 
 

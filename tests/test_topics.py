@@ -21,6 +21,7 @@ def broker(kafka: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Br
 
 
 def test_a_missing_topic_is_waited_for(start: Start, witness: Witness) -> None:
+    witness.delete_everything()
     consumer, processor = readers = start_readers(start)
     producer = start("producer.py")
     assert producer.wait(30) == 1  # after 10 s
@@ -37,6 +38,7 @@ def test_a_missing_topic_is_waited_for(start: Start, witness: Witness) -> None:
 
 
 def test_deleted_events_are_skipped(start: Start, witness: Witness) -> None:
+    witness.delete_everything()
     witness.create_topic(1)
     witness.write([(0, b"key", event("deleted"))] * 10)
     witness.delete_events_before({0: 10})
