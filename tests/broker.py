@@ -172,7 +172,7 @@ class Broker:
     def error(self, what: str) -> RuntimeError:
         """Return an exception whose text contains the last lines of the broker's log."""
         log = (self.folder / "broker.log").read_text(errors="replace").splitlines()
-        last = [line for line in log if not line.startswith("\tat ")][-10:]  # no stack frames
+        last = [line for line in log if not line.startswith("\t")][-10:]  # no stack frames
         return RuntimeError("\n    ".join([f"Kafka on {self.address} {what}:", *last]))
 
     def launch(self) -> None:
@@ -316,10 +316,10 @@ def run(command: list[str], number: int) -> int:
         for signum in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, lambda number, _: process.send_signal(number))
         running = list(cluster.brokers)
-        while process.poll() is None:
+        while (status := process.poll()) is None:
             report_exited(running)
             time.sleep(0.05)
-        status = process.returncode
+        report_exited(running)
         return status if status >= 0 else 128 - status
 
 
