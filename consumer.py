@@ -124,7 +124,7 @@ def poll(consumer: KafkaConsumer) -> Batches:
 
 
 def rewind(consumer: KafkaConsumer) -> None:
-    """Seek to the committed offset in each partition."""
+    """Seek to the committed offset in each partition, or to 0 if there is none."""
     for partition in consumer.assignment():
         consumer.seek(partition, consumer.committed(partition, timeout_ms=5_000) or 0)
 

@@ -3,7 +3,7 @@
 python producer.py --count 1000 --interval 0   a thousand events, as fast as possible
 
 An event has failed if it is not acknowledged within 120 s. After Ctrl-C, a failure or a full disk,
-the producer waits for 10 s; what is still pending has failed, too. The exit status is then 1.
+the producer waits up to 10 s; what is still pending has failed, too. The exit status is then 1.
 """
 
 import json
