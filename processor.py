@@ -3,7 +3,6 @@
 python processor.py --group mine   alone in a group, it is assigned all partitions
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -25,8 +24,6 @@ TOPIC = "events"
 GROUP_ID = "event-watchers"
 
 log = logging.getLogger("processor.py")
-outages = logging.getLogger("kafka.net.manager")  # kafka-python logs failed connections; throttled
-next_times: dict[str, float] = {}  # when throttle() next lets a message through, by source file
 stop = False  # set by Ctrl-C and SIGTERM
 Batches = dict[TopicPartition, list[Any]]  # what poll() returns: messages by partition
 
@@ -47,16 +44,15 @@ def connect(group: str) -> KafkaConsumer:
             heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
             max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
             metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
-            fetch_max_bytes=2 * 1024 * 1024,  # the default, 50 MB, may time out on a slow line
             max_poll_records=5_000,  # these must be handled within max_poll_interval_ms
-            reconnect_backoff_max_ms=1_000,  # reconnect within a second of the broker's return
+            reconnect_backoff_ms=1_000,  # try again 1 s after a failed connection,
+            reconnect_backoff_max_ms=4_000,  # then after 2 s, then every 4 s
             **CLIENT_SETTINGS,
         )
     except (errors.KafkaError, TypeError, ValueError) as error:
         reason = "bad setting" if isinstance(error, ValueError) else error  # hides passwords
-        start = "start Kafka with docker compose up -d or python tests/broker.py"
-        advice = "check KAFKA_CLIENT_SETTINGS" if CLIENT_SETTINGS else start
-        advice += ", or check KAFKA_BOOTSTRAP_SERVERS"
+        advice = "start Kafka with docker compose up -d or python tests/broker.py, or check "
+        advice += "KAFKA_BOOTSTRAP_SERVERS, or the login in KAFKA_CLIENT_SETTINGS"
         sys.exit(f"--- cannot connect to {BOOTSTRAP_SERVERS} ({reason}); {advice}")
 
 
@@ -64,12 +60,16 @@ def process(consumer: KafkaConsumer, once: bool) -> None:
     """Count the events that poll() returns and print snapshots; if `once`, only the first."""
     counts, report = Counts(consumer), Report()
     consumer.subscribe([TOPIC], listener=counts)
-    while not stop:
-        counts.add(poll(consumer, counts))
-        report.print_if_due(counts)
-        if once and report.snapshot:
-            break
-    report.print_if_due(counts)
+    last = False
+    while not (last or (once and report.snapshot)):
+        last = stop  # told to stop, it goes through the loop once more and prints what has changed
+        try:
+            counts.add(poll(consumer))
+            report.print_if_due(counts, last)
+        except errors.KafkaError as error:
+            log.warning("%s; retrying", error)
+            counts.rewind()
+            time.sleep(1)
 
 
 def user_and_action(value: Any) -> tuple[str, str]:
@@ -78,6 +78,7 @@ def user_and_action(value: Any) -> tuple[str, str]:
     user_id, action = event["user_id"], event["action"]
     if not (isinstance(user_id, str) and isinstance(action, str)):
         raise TypeError("the fields that are counted must be strings")
+    (user_id + action).encode()  # half a surrogate pair is not text: UnicodeEncodeError
     return user_id, action
 
 
@@ -112,31 +113,31 @@ class Counts(ConsumerRebalanceListener):
             for message in messages:
                 try:
                     state.counts[user_and_action(message.value)] += 1
-                except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+                except Exception as error:  # whatever is wrong with it, the others count
                     state.malformed += 1
                     position = f"partition={message.partition} offset={message.offset}"
                     state.malformed_example = f"{position}: {type(error).__name__}: {error}"
             state.next_offset = messages[-1].offset + 1
 
     def rewind(self) -> None:
-        """Seek to the next event to count in each partition."""
+        """Seek to the next event to count: poll() may have skipped events before it raised."""
         for partition, state in self.partitions.items():
             self.consumer.seek(partition, state.next_offset)
 
-    def to_go(self) -> int:
+    def remaining(self) -> int:
         """Return how many offsets remain up to the log end offsets soon after assignment.
 
         Raise KafkaError as long as one of these cannot be looked up.
         """
-        to_go = 0
+        remaining = 0
         for partition, state in self.partitions.items():
             if state.end_offset is None:
                 offsets = self.consumer.end_offsets([partition], timeout_ms=5_000)
                 state.end_offset = offsets[partition]
             # Unlike next_offset, the position moves on past deleted and aborted events.
             position = self.consumer.position(partition, timeout_ms=0) or 0
-            to_go += max(0, state.end_offset - position)
-        return to_go
+            remaining += max(0, state.end_offset - position)
+        return remaining
 
     def as_json(self) -> str:
         """Return the counts of all users as JSON text that cannot control the terminal."""
@@ -160,24 +161,23 @@ class Counts(ConsumerRebalanceListener):
         return scope
 
 
+@dataclass
 class Report:
     """What was printed last, so that only changes are printed."""
 
-    snapshot = comment = ""
-    next_time = 0.0  # by time.monotonic()
+    snapshot: str = ""
+    comment: str = ""
+    next_time: float = 0.0  # by time.monotonic()
 
-    def print_if_due(self, counts: Counts) -> None:
+    def print_if_due(self, counts: Counts, last: bool) -> None:
         """Print the first snapshot when the counts are complete, later ones once a second."""
-        try:
-            to_go = counts.to_go()
-            first = to_go == 0 and counts.partitions and not self.snapshot
-            if not (first or stop or time.monotonic() >= self.next_time):
-                return
-            comment = counts.scope() if to_go == 0 else f"catching up: {to_go:,} events to go"
-        except errors.KafkaError as error:  # a partition has no leader at the moment, for example
-            outages.warning("%s; retrying", error)
+        remaining = counts.remaining()
+        complete = remaining == 0 and counts.partitions
+        first = complete and not self.snapshot
+        if not (first or last or time.monotonic() >= self.next_time):
             return
-        snapshot = counts.as_json() if to_go == 0 and counts.partitions else self.snapshot
+        snapshot = counts.as_json() if complete else self.snapshot
+        comment = counts.scope() if remaining == 0 else f"catching up: {remaining:,} events to go"
         if snapshot != self.snapshot:
             print(snapshot, flush=True)
         if (snapshot, comment) != (self.snapshot, self.comment):
@@ -186,11 +186,8 @@ class Report:
         self.next_time = time.monotonic() + 1
 
 
-def poll(consumer: KafkaConsumer, counts: Counts) -> Batches:
-    """Return the next events of each partition; {} if there are none within 250 ms.
-
-    After an error, the positions may be past events that poll() has not returned: rewind.
-    """
+def poll(consumer: KafkaConsumer) -> Batches:
+    """Return the next events of each partition; {} if there are none within 250 ms."""
     try:
         if consumer.group_metadata().state == MemberState.REBALANCING:
             # Private: no public call asks for a rejoin. Without it, a member whose join takes
@@ -199,22 +196,6 @@ def poll(consumer: KafkaConsumer, counts: Counts) -> Batches:
         return consumer.poll(timeout_ms=250)
     except (errors.CorruptRecordError, errors.UnsupportedCodecError) as error:
         sys.exit(f"--- cannot read events: {error}")  # a further poll() would raise or hang
-    except errors.KafkaError as error:
-        outages.warning("%s; retrying", error)
-    while not stop:
-        time.sleep(0.5)
-        with contextlib.suppress(errors.KafkaError):
-            counts.rewind()
-            return {}
-    sys.exit()  # do not return: the positions are not rewound
-
-
-def throttle(record: logging.LogRecord) -> bool:
-    """Let one log message in 10 s through from each source file."""
-    due = time.monotonic() >= next_times.get(record.pathname, 0)
-    if due:
-        next_times[record.pathname] = time.monotonic() + 10
-    return due
 
 
 def request_stop(*_: Any) -> None:
@@ -230,17 +211,20 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
-    outages.setLevel(logging.WARNING)
-    outages.addFilter(throttle)
-    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")  # lossless despite -u
+    logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # failed connections
+    # Buffered even under -u, where Python drops what a non-blocking pipe does not take at once.
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     consumer = connect(options.group)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, request_stop)
     try:
         process(consumer, options.once)
-    except BrokenPipeError:  # the reader of a pipe, such as head, has exited
+    except OSError as error:  # a full disk; or the reader of a pipe, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that flushing the rest does not fail
+        if not isinstance(error, BrokenPipeError):
+            raise
+        sys.exit(f"--- stopped: {error}")
     finally:
         log.info("leaving the group")
         consumer.close(timeout_ms=5_000)  # leaves the group: its partitions are reassigned at once

@@ -33,6 +33,7 @@ MALFORMED_VALUES: dict[str, bytes | None] = {
     "a number of 6,000 digits": b"1" * 6000,
     "an encoded surrogate": event("@").replace(b"@", b"\xed\xa0\x80"),
     "no user_id": b'{"action": "view"}',
+    "half a surrogate pair": event("\ud83d"),  # which jq refuses to read
     **{f"user_id is {value!r}": event(user_id=value) for value in (1, ["alice"])},
     **{f"action is {value!r}": event(action=value) for value in (None, {"a": "view"})},
 }

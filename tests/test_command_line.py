@@ -4,12 +4,13 @@ import re
 import shlex
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import stderr_lines
 from broker import free_port
 from events import event
-from scripts import SCRIPTS, Pipe, Start, script_command, wait_until
+from scripts import SCRIPTS, Pipe, Start, script_command, start_readers, wait_until
 from witness import Witness
 
 ALL = ["producer.py --interval 0", "consumer.py", "processor.py --group counting"]
@@ -23,7 +24,7 @@ def test_a_signal_stops_a_script_that_waits_for_a_broker(signum: int, start: Sta
     for script in scripts:
         assert script.stop(signum, timeout=5) == -signum  # like any program
         assert script.out == ""
-        assert len(script.err.splitlines()) == 1
+        assert all(line.startswith("--- ") for line in script.err.splitlines())
 
 
 @pytest.mark.parametrize("arguments", ALL)
@@ -35,10 +36,52 @@ def test_a_closed_pipe_stops_a_script(arguments: str, start: Start, witness: Wit
     assert pipeline.wait() == 0
     first_line, status = pipeline.lines
     assert first_line == "{" if "processor" in arguments else first_line.startswith("partition=")
-    assert status == "0"
-    assert not re.search("Traceback|Error", pipeline.err)
+    assert status == "1"
+    assert pipeline.find(stderr_lines.STOPPED)[0].startswith("[Errno 32] Broken pipe")
+    assert not re.search("Traceback|Exception", pipeline.err)
     if "producer" in arguments:
         assert [failed for _, failed in pipeline.find(stderr_lines.DELIVERED)] == ["0"]
+    else:
+        assert pipeline.find(stderr_lines.LEAVING)
+
+
+def test_a_full_disk_stops_the_scripts(start: Start, witness: Witness) -> None:
+    with Path("/dev/full").open("wb") as full:
+        producer = start("producer.py", "--interval", "0", stdout=full.fileno())
+        assert producer.wait() == 1
+        readers = start_readers(start, stdout=full.fileno())
+        reason = "[Errno 28] No space left on device"
+        account = f"--- {len(witness.messages())} delivered, 0 failed"
+        assert producer.err.splitlines() == [f"--- stopped: {reason} (topic events)", account]
+        for reader in readers:
+            assert reader.wait() == 1
+            assert reader.find(stderr_lines.LEAVING)
+            assert reader.err.endswith(f"\nOSError: {reason}\n")
+            assert "Exception ignored" not in reader.err
+    assert witness.committed() == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("FileNotFoundError('/no/file')", "FileNotFoundError: /no/file"),
+        ("BrokenPipeError('mine')", "--- stopped: mine"),
+        ("KeyError('mistake')", "KeyError: 'mistake'"),
+    ],
+)
+def test_an_exception_in_print_events_is_seen(
+    error: str, reason: str, start: Start, witness: Witness
+) -> None:
+    witness.create_topic(1)
+    witness.write([(0, b"key", event())])
+    function = "def print_events(batches: Batches) -> None:\n"
+    fails = f"    if batches:\n        raise {error}\n"
+    consumer = start("consumer.py", edit=(function, function + fails))
+    assert consumer.wait() == 1
+    assert consumer.err.splitlines()[-1] == reason
+    assert ("Traceback" in consumer.err) == (not reason.startswith("---"))
+    assert witness.assignments() == []  # it has left the group,
+    assert witness.committed() == {}  # and its event is still to be handled
 
 
 @pytest.mark.parametrize("arguments", ALL)

@@ -4,7 +4,6 @@ import json
 import random
 import signal
 import time
-from pathlib import Path
 
 import stderr_lines
 from broker import Broker
@@ -55,7 +54,7 @@ def test_an_event_that_is_not_acknowledged_in_time_has_failed(start: Start, brok
     wait_until(lambda: len(producer.lines) > 20, "it is at work")
     with frozen(broker):
         assert producer.wait(40) == 1
-    [reason] = producer.find(stderr_lines.DELIVERY_FAILED)
+    [reason] = producer.find(stderr_lines.STOPPED)
     assert reason.startswith("KafkaTimeoutError")
     [(delivered, failed)] = producer.find(stderr_lines.DELIVERED)
     assert int(delivered) == len(producer.lines)
@@ -73,10 +72,21 @@ def test_a_resent_event_is_written_once(start: Start, witness: Witness, proxy: P
     assert printed_lines(producer) == event_lines(log)
 
 
-def test_a_full_disk_stops_the_producer_with_its_account(start: Start, witness: Witness) -> None:
-    with Path("/dev/full").open("wb") as full:
-        producer = start("producer.py", "--interval", "0", stdout=full.fileno())
-    assert producer.wait() == 1
-    cannot_print, account = producer.err.splitlines()
-    assert cannot_print == "--- cannot print: [Errno 28] No space left on device"
-    assert account == f"--- {len(witness.messages())} delivered, 0 failed"
+def test_an_exception_in_random_event_is_seen(start: Start, witness: Witness) -> None:
+    function = "def random_event() -> dict[str, Any]:\n"
+    errors = {
+        "FileNotFoundError('/no/file')": "FileNotFoundError: /no/file",
+        "BrokenPipeError('mine')": "BrokenPipeError: mine",
+        "KeyError('mistake')": "KeyError: 'mistake'",
+    }
+    producers = []
+    for error in errors:
+        fails = f"    if next(calls, 1):\n        raise {error}\n"  # at the 501st call
+        edit = function, f"calls = iter([0] * 500)\n\n\n{function}{fails}"
+        producers.append(start("producer.py", "--interval", "0", edit=edit))
+    for producer, expected in zip(producers, errors.values(), strict=True):
+        assert producer.wait() == 1
+        account, traceback, *_, reason = producer.err.splitlines()
+        assert account == "--- 500 delivered, 0 failed"
+        assert (traceback, reason) == ("Traceback (most recent call last):", expected)
+    assert printed_lines(*producers) == event_lines(witness.messages())

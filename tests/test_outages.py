@@ -1,6 +1,5 @@
 """Outages, errors and slow networks: the scripts wait, then continue, and lose nothing."""
 
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -45,13 +44,13 @@ def test_all_continue_after_an_outage(way: str, start: Start, broker: Broker, pr
     before = [len(script.lines) for script in scripts]
     broker.start()
     for script, lines in zip(scripts, before, strict=True):
-        # About two seconds later; with kafka-python's default, a back-off of 30 s, eight or more.
-        wait_until(lambda: len(script.lines) > lines, f"{script.command[1]} is at work again", 7)
+        # Within about 5 s; with kafka-python's default, a back-off of up to 30 s, 10 s or more.
+        wait_until(lambda: len(script.lines) > lines, f"{script.command[1]} is at work again", 9)
     seconds = time.monotonic() - start_of_outage
     for script in scripts:
-        assert script.find(stderr_lines.CONNECTION_FAILED)
-        outage_lines = re.findall("failed|retrying|not acknowledged", script.err)
-        assert len(outage_lines) <= 2 * (1 + seconds // 10)
+        failed = script.find(stderr_lines.CONNECTION_FAILED)
+        # A line or two for each attempt: after 1 s, 2 s, then every 4 s, each 20 % more or less.
+        assert 1 <= len(failed) <= 2 * (3 + seconds / 3.2)
     assert_clean_stop(producer)
     log = witness.messages()
     expected = counts_of(log)
@@ -87,9 +86,9 @@ def test_ctrl_c_during_an_outage(signum: int, start: Start, broker: Broker) -> N
 
 def test_a_slow_line_stops_no_consumer(start: Start, witness: Witness, proxy: Proxy) -> None:
     """Here 2 MB/s and 3 s for a response, standing for 200 kB/s and request_timeout_ms of 30 s."""
-    witness.create_topic(30)
+    witness.create_topic(3)
     value = event(extra="x" * 10_000)
-    witness.write((i % 30, b"key", value) for i in range(1_500))  # 15 MB
+    witness.write((i % 3, b"key", value) for i in range(1_500))  # 15 MB
     proxy.bytes_per_second = 2_000_000
     settings = {"request_timeout_ms": 3_000}
     consumer = start("consumer.py", address=proxy.address, settings=settings)

@@ -25,7 +25,7 @@ def test_a_missing_topic_is_waited_for(start: Start, witness: Witness) -> None:
     consumer, processor = readers = start_readers(start)
     producer = start("producer.py")
     assert producer.wait(30) == 1  # after 10 s
-    [reason] = producer.find(stderr_lines.DELIVERY_FAILED)
+    [reason] = producer.find(stderr_lines.STOPPED)
     assert "events" in reason
     assert producer.find(stderr_lines.DELIVERED) == [("0", "1")]
     for reader in readers:
