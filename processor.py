@@ -3,6 +3,7 @@
 python processor.py --group mine   alone in a group, it is assigned all partitions
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ CLIENT_SETTINGS = json.loads(os.environ.get("KAFKA_CLIENT_SETTINGS", "{}"))  # a
 TOPIC = "events"
 GROUP_ID = "event-watchers"
 
-log = logging.getLogger("processor.py")
+log = logging.getLogger(__name__)
 stop = False  # set by Ctrl-C and SIGTERM
 Batches = dict[TopicPartition, list[Any]]  # what poll() returns: messages by partition
 
@@ -34,7 +35,7 @@ def connect(group: str) -> KafkaConsumer:
         return KafkaConsumer(
             bootstrap_servers=BOOTSTRAP_SERVERS,
             bootstrap_timeout_ms=10_000,
-            client_id=log.name,  # the member's name in `kafka.admin groups describe`
+            client_id="processor.py",  # the member's name in `kafka.admin groups describe`
             group_id=group,
             auto_offset_reset="earliest",  # if offset 0 is deleted, start with what is left
             enable_auto_commit=False,  # consumers in the group would skip what is committed
@@ -50,26 +51,38 @@ def connect(group: str) -> KafkaConsumer:
             **CLIENT_SETTINGS,
         )
     except (errors.KafkaError, TypeError, ValueError) as error:
-        reason = "bad setting" if isinstance(error, ValueError) else error  # hides passwords
-        advice = "start Kafka with docker compose up -d or python tests/broker.py, or check "
-        advice += "KAFKA_BOOTSTRAP_SERVERS, or the login in KAFKA_CLIENT_SETTINGS"
-        sys.exit(f"--- cannot connect to {BOOTSTRAP_SERVERS} ({reason}); {advice}")
+        reason = "bad setting" if isinstance(error, ValueError) else error  # may quote a password
+        start = "start Kafka with docker compose up -d or python tests/broker.py"
+        check = "check KAFKA_BOOTSTRAP_SERVERS and the login in KAFKA_CLIENT_SETTINGS"
+        sys.exit(f"--- cannot connect to {BOOTSTRAP_SERVERS} ({reason}); {start}, or {check}")
 
 
 def process(consumer: KafkaConsumer, once: bool) -> None:
     """Count the events that poll() returns and print snapshots; if `once`, only the first."""
     counts, report = Counts(consumer), Report()
     consumer.subscribe([TOPIC], listener=counts)
-    last = False
-    while not (last or (once and report.snapshot)):
-        last = stop  # told to stop, it goes through the loop once more and prints what has changed
+    while not (stop or (once and report.snapshot)):
         try:
             counts.add(poll(consumer))
-            report.print_if_due(counts, last)
+            report.print_if_due(counts)
         except errors.KafkaError as error:
             log.warning("%s; retrying", error)
             counts.rewind()
             time.sleep(1)
+    with contextlib.suppress(errors.KafkaError):  # then the counts are not complete
+        report.print_if_due(counts, last=True)
+
+
+def poll(consumer: KafkaConsumer) -> Batches:
+    """Return the next events of each partition; {} if there are none within 250 ms."""
+    try:
+        if consumer.group_metadata().state == MemberState.REBALANCING:
+            # Private: no public call asks for a rejoin. Without it, a member whose join takes
+            # longer than a poll() may wait for its partitions for ever (compare KAFKA-9815).
+            consumer._coordinator.request_rejoin()
+        return consumer.poll(timeout_ms=250)
+    except (errors.CorruptRecordError, errors.UnsupportedCodecError) as error:
+        sys.exit(f"--- cannot read events: {error}")  # a further poll() would raise or hang
 
 
 def user_and_action(value: Any) -> tuple[str, str]:
@@ -86,7 +99,7 @@ def user_and_action(value: Any) -> tuple[str, str]:
 class PartitionState:
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     malformed: int = 0
-    malformed_example: str = ""  # where, and what is wrong
+    malformed_example: str = ""  # the latest: where it is, and what is wrong
     next_offset: int = 0  # of the event to count next
     end_offset: int | None = None  # of the log when it was assigned; None: not looked up yet
 
@@ -132,6 +145,7 @@ class Counts(ConsumerRebalanceListener):
         remaining = 0
         for partition, state in self.partitions.items():
             if state.end_offset is None:
+                # One at a time: of several, one without a leader would be a KeyError.
                 offsets = self.consumer.end_offsets([partition], timeout_ms=5_000)
                 state.end_offset = offsets[partition]
             # Unlike next_offset, the position moves on past deleted and aborted events.
@@ -140,14 +154,12 @@ class Counts(ConsumerRebalanceListener):
         return remaining
 
     def as_json(self) -> str:
-        """Return the counts of all users as JSON text that cannot control the terminal."""
+        """Return the counts of all users as JSON: ASCII text that cannot control the terminal."""
         users: dict[str, Counter[str]] = {}
         for state in self.partitions.values():
             for (user_id, action), number in state.counts.items():
                 users.setdefault(user_id, Counter())[action] += number
-        ascii_only = sys.stdout.encoding.lower() != "utf-8"
-        text = json.dumps(users, indent=2, sort_keys=True, ensure_ascii=ascii_only)
-        return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+        return json.dumps(users, indent=2, sort_keys=True)
 
     def scope(self) -> str:
         """Return in words which events are counted."""
@@ -166,36 +178,24 @@ class Report:
     """What was printed last, so that only changes are printed."""
 
     snapshot: str = ""
-    comment: str = ""
+    status: str = ""
     next_time: float = 0.0  # by time.monotonic()
 
-    def print_if_due(self, counts: Counts, last: bool) -> None:
-        """Print the first snapshot when the counts are complete, later ones once a second."""
+    def print_if_due(self, counts: Counts, last: bool = False) -> None:
+        """Print the first snapshot when the counts are complete, then changes once a second."""
         remaining = counts.remaining()
-        complete = remaining == 0 and counts.partitions
+        complete = remaining == 0 and len(counts.partitions) > 0
         first = complete and not self.snapshot
         if not (first or last or time.monotonic() >= self.next_time):
             return
         snapshot = counts.as_json() if complete else self.snapshot
-        comment = counts.scope() if remaining == 0 else f"catching up: {remaining:,} events to go"
+        status = counts.scope() if remaining == 0 else f"catching up: {remaining:,} events to go"
         if snapshot != self.snapshot:
             print(snapshot, flush=True)
-        if (snapshot, comment) != (self.snapshot, self.comment):
-            log.info(comment)
-        self.snapshot, self.comment = snapshot, comment
+        if (snapshot, status) != (self.snapshot, self.status):
+            log.info(status)
+        self.snapshot, self.status = snapshot, status
         self.next_time = time.monotonic() + 1
-
-
-def poll(consumer: KafkaConsumer) -> Batches:
-    """Return the next events of each partition; {} if there are none within 250 ms."""
-    try:
-        if consumer.group_metadata().state == MemberState.REBALANCING:
-            # Private: no public call asks for a rejoin. Without it, a member whose join takes
-            # longer than a poll() may wait for its partitions for ever (compare KAFKA-9815).
-            consumer._coordinator.request_rejoin()
-        return consumer.poll(timeout_ms=250)
-    except (errors.CorruptRecordError, errors.UnsupportedCodecError) as error:
-        sys.exit(f"--- cannot read events: {error}")  # a further poll() would raise or hang
 
 
 def request_stop(*_: Any) -> None:
@@ -210,9 +210,9 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="exit after the first snapshot")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)
-    logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # failed connections
-    # Buffered even under -u, where Python drops what a non-blocking pipe does not take at once.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # its errors are raised as well,
+    logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # failed connections are not
+    # Unlike Python's own stdout under -u, this one never drops what a pipe does not take at once.
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     consumer = connect(options.group)

@@ -75,8 +75,7 @@ def test_an_exception_in_print_events_is_seen(
     witness.create_topic(1)
     witness.write([(0, b"key", event())])
     function = "def print_events(batches: Batches) -> None:\n"
-    fails = f"    if batches:\n        raise {error}\n"
-    consumer = start("consumer.py", edit=(function, function + fails))
+    consumer = start("consumer.py", edit=(function, f"{function}    raise {error}\n"))
     assert consumer.wait() == 1
     assert consumer.err.splitlines()[-1] == reason
     assert ("Traceback" in consumer.err) == (not reason.startswith("---"))

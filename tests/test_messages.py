@@ -15,7 +15,6 @@ from witness import Witness
 
 # Events with strange fields are well-formed, as long as user_id and action are strings.
 STRANGE_EVENTS = [
-    event("\ud800"),
     event("\x1b[2J\x1b]0;owned\x07"),
     event("\x7f").replace(b"\\u007f", b"\x7f"),
     event("@").replace(b"@", "🦀a\u2028b\x85\u202eevil".encode()),

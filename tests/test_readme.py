@@ -47,7 +47,7 @@ def test_changes_break_something(number: int, changed: bool, project: Path, star
         replace(project / "producer.py", old, new)
     elif changed:
         [(inserted, below)] = re.findall("insert `(.*?)` above `(.*?)`", break_it)
-        indented = f"        {below}\n"
+        indented = f"            {below}\n"
         replace(project / "consumer.py", indented, indented.replace(below, inserted) + indented)
     out = run(start, project, command)
     if number == 0:
@@ -62,7 +62,7 @@ def test_make_it_yours(tmp_path: Path, broker: Broker, start: Start, witness: Wi
     for name in SCRIPTS:
         shutil.copy(ROOT / name, tmp_path)
         replace(tmp_path / name, 'TOPIC = "events"', 'TOPIC = "orders"')
-        replace(tmp_path / name, f'getLogger("{name}")', f'getLogger("orders-{name}")')
+        replace(tmp_path / name, f'client_id="{name}"', f'client_id="orders-{name}"')
     replace(tmp_path / "consumer.py", '"event-watchers"', '"order-watchers"')
     processor = tmp_path / "processor.py"
     replace(processor, '"event-watchers"', '"order-counts"')

@@ -111,5 +111,5 @@ def test_failed_connections_are_reported(start: Start, secured: SecuredBroker) -
             assert 1 <= len(attempts_failed) <= 15  # three for each attempt in 10 s
             assert re.match(f"--- .*failed: {expected}", attempts_failed[0])
             assert end.startswith(f"--- cannot connect to {address} (")
-            assert end.endswith("BOOTSTRAP_SERVERS, or the login in KAFKA_CLIENT_SETTINGS")
+            assert end.endswith("BOOTSTRAP_SERVERS and the login in KAFKA_CLIENT_SETTINGS")
             assert PASSWORD[1:] not in script.err
