@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 from broker import ROOT
 from scripts import TIMEOUT, Start
 
-README = (ROOT / "README.md").read_text()
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def section(heading: str) -> str:
@@ -31,9 +33,9 @@ def copy_project(folder: Path) -> Path:
     return shutil.copytree(ROOT, folder / "kafka-practice", ignore=ignored)
 
 
-def run(start: Start, folder: Path, command: str) -> str:
+def run(start: Start, folder: Path, command: str, path: str = PATH) -> str:
     """Run a block in bash, with the Python of the tests; return what it prints."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    script = start(command=["bash", "-c", f"cd {folder}\n{command}"], environment={"PATH": path})
+    command = f"cd {shlex.quote(str(folder))}\n{command}"
+    script = start(command=["bash", "-c", command], environment={"PATH": path})
     assert script.wait(3 * TIMEOUT) == 0, script.err
     return script.out

@@ -68,7 +68,7 @@ class Script:
 
     @property
     def err(self) -> str:
-        return self.err_file.read_text()
+        return self.err_file.read_text(encoding="utf-8")
 
     @property
     def lines(self) -> list[str]:

@@ -1,6 +1,7 @@
 """The README: its commands run as they stand, and what it tells to change works."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -27,7 +28,15 @@ def project(tmp_path: Path, broker: Broker) -> Path:
 def replace(script: Path, old: str, new: str) -> None:
     text = script.read_text()
     assert text.count(old) == 1, (script.name, old)
-    script.write_text(text.replace(old, new))
+    script.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_the_first_command(kafka: None, tmp_path: Path, start: Start) -> None:
+    """It creates its own virtual environment: that of the tests is not on its PATH."""
+    first_command = blocks(section("Quick start"))[0]
+    path = os.environ["PATH"].replace(str(Path(sys.executable).parent), "")
+    counts = json.loads(run(start, copy_project(tmp_path), first_command, path))
+    assert sum(count for actions in counts.values() for count in actions.values()) == 100
 
 
 def test_delivery_is_at_least_once(project: Path, start: Start) -> None:
@@ -78,7 +87,7 @@ def test_make_it_yours(tmp_path: Path, broker: Broker, start: Start, witness: Wi
     assert sum(number for statuses in counts.values() for number in statuses.values()) == 100
     job = "python consumer.py >printed & until [ $(wc -l <printed) -ge 100 ]; do sleep 0.1; done"
     run(start, tmp_path, f"{job}; kill $!; wait")
-    sent, printed = ((tmp_path / name).read_text().splitlines() for name in ("sent", "printed"))
+    sent, printed = ((tmp_path / name).read_bytes().splitlines() for name in ("sent", "printed"))
     assert sorted(sent) == sorted(printed)
     assert all(line.startswith("--- ") for line in (tmp_path / "stderr").read_text().splitlines())
     assert {"order-watchers", "order-counts"} <= {*witness.groups()}
