@@ -165,35 +165,29 @@ def test_every_event_is_pending_delivered_or_failed(capsys: Capture) -> None:
     assert deliveries.error == NO_ANSWER
 
 
-@pytest.mark.parametrize("error", [NO_ANSWER, ValueError("no partition")])
-def test_an_event_whose_send_raises_has_failed(error: Exception) -> None:
+def test_an_event_whose_send_raises_has_failed() -> None:
     deliveries, _ = fake_deliveries()
-    deliveries.producer.send.side_effect = error
-    deliveries.send(json.loads(event()))
-    assert (deliveries.sent, deliveries.delivered, deliveries.pending) == (1, 0, [])
-    deliveries.send(json.loads(event("\ud800")))  # which cannot be encoded
-    assert (deliveries.sent, deliveries.error) == (2, error)  # the first one's
+    deliveries.producer.send.side_effect = [NO_ANSWER, REFUSED]
+    for _ in range(2):
+        deliveries.send(json.loads(event()))
+    assert (deliveries.sent, deliveries.delivered, deliveries.pending) == (2, 0, [])
+    assert deliveries.error == NO_ANSWER  # the first one's
 
 
 def test_events_pending_for_5_s_are_reported(clock: Clock, caplog: Logs) -> None:
-    deliveries, futures = fake_deliveries("a")
-    clock.now += 4.9
-    deliveries.send(json.loads(event()))
-    deliveries.print_acknowledged()
-    assert not caplog.messages
-    clock.now += 0.2
-    deliveries.print_acknowledged()
-    assert caplog.messages == ["2 events are not acknowledged yet"]
-    for seconds, warnings in ((4.8, 1), (0.3, 2), (4.8, 2)):  # again after 5 s
+    deliveries, futures = fake_deliveries("a", "b")
+
+    def reports_after(seconds: float) -> int:
         clock.now += seconds
         deliveries.print_acknowledged()
-        assert len(caplog.messages) == warnings
-    acknowledge(futures[0])
+        return len(caplog.messages)
+
+    assert [reports_after(seconds) for seconds in (4.9, 0.2, 4.8, 0.3)] == [0, 1, 1, 2]
+    assert caplog.messages[0] == "2 events are not acknowledged yet"
     deliveries.send(json.loads(event()))
-    acknowledge(futures[1])
-    clock.now += 0.3
-    deliveries.print_acknowledged()
-    assert len(caplog.messages) == 2  # the last one has not been pending for long
+    for future in futures[:2]:
+        acknowledge(future)
+    assert reports_after(4.9) == 2  # the third has not been pending for long
 
 
 @pytest.mark.parametrize(("interval", "number"), [(0.001, 3000), (0.0125, 500), (0.2, 150)])
@@ -251,16 +245,13 @@ def test_events_are_printed_then_flushed_then_committed(client: Any, monkeypatch
     assert client.commit.call_count == 1
 
 
-def test_a_failed_commit_is_included_in_the_next(
-    client: Any, capsys: Capture, caplog: Logs
-) -> None:
+def test_a_commit_includes_one_that_failed(client: Any, capsys: Capture, caplog: Logs) -> None:
     client.commit.side_effect = [errors.CommitFailedError("removed"), None]
     run(consumer, client, batch(P0, 0, b"a"), {}, batch(P0, 1, b"b"), {})
     assert client.commit.mock_calls == [mock.call(timeout_ms=mock.ANY)] * 2  # of all positions
     assert not client.seek.called
     assert [line[-1] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
-    failed = "CommitFailedError: removed; the last events may be printed again"
-    assert failed in caplog.messages
+    assert "CommitFailedError: removed; the last events may be printed again" in caplog.messages
 
 
 # Recovery, in both readers
@@ -285,37 +276,33 @@ def test_the_consumer_rewinds_until_that_succeeds(client: Any, clock: Clock, cap
     assert caplog.messages[:3] == reported
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("moment", ["poll", "committed"])
-def test_nothing_is_done_before_the_rewind(
-    moment: str, reader: Any, client: Any, capsys: Capture
-) -> None:
-    """A poll() takes three events and raises; meanwhile, or while it rewinds, comes Ctrl-C."""
-    client.end_offsets.side_effect = lambda *_, **__: {P0: 3}
-    client.seek.side_effect = lambda _, offset: client.position.configure_mock(return_value=offset)
-    client.commit.side_effect = NO_ANSWER
-
-    def stop_at(what: str) -> None:
-        reader.stop = reader.stop or what == moment
-
-    def polls() -> Any:
-        if reader is consumer:
-            yield batch(P0, 0, b"a")
-        client.position.return_value = 3  # past the events that are not returned
-        stop_at("poll")
-        yield REFUSED
-        reader.stop = True
-        yield {}  # the processor has no time to read the events again
+def test_a_consumer_does_nothing_before_the_rewind(client: Any, capsys: Capture) -> None:
+    """A poll() takes events and raises, and Ctrl-C comes while the rewind fails."""
 
     def committed(*_: Any, **__: Any) -> int:
-        stop_at("committed")
+        consumer.stop = True
         raise NO_ANSWER
 
-    client.poll.side_effect = polls()
     client.committed.side_effect = committed
-    consumer.consume(client) if reader is consumer else processor.process(client, once=False)
-    assert client.commit.call_count == (reader is consumer)
-    assert capsys.readouterr().out == ("partition=0 offset=0 key=key a\n" * (reader is consumer))
+    client.commit.side_effect = NO_ANSWER
+    run(consumer, client, batch(P0, 0, b"a"), REFUSED)
+    assert client.commit.call_count == 1  # not again, with positions past events not printed
+    assert capsys.readouterr().out == "partition=0 offset=0 key=key a\n"
+
+
+def test_a_processor_prints_nothing_before_the_rewind(client: Any, capsys: Capture) -> None:
+    """A poll() takes the three events of the log and raises, when Ctrl-C has come."""
+
+    def poll(**_: Any) -> Any:
+        client.position.return_value = 3
+        processor.stop = True
+        raise REFUSED
+
+    client.poll.side_effect = poll
+    client.seek.side_effect = lambda _, offset: client.position.configure_mock(return_value=offset)
+    client.end_offsets.side_effect = lambda *_, **__: {P0: 3}
+    processor.process(client, once=False)
+    assert capsys.readouterr().out == ""  # {} would be a wrong snapshot
 
 
 # The processor
@@ -402,7 +389,7 @@ def shown(monkeypatch: Patch) -> list[Any]:
 
 def test_the_first_snapshot_comes_when_counts_are_complete(client: Any, shown: list[Any]) -> None:
     counts, report = processor.Counts(client), processor.Report()
-    report.print_if_due(counts, last=False)
+    report.print_if_due(counts)
     assert shown == ["assigned partitions of events: none yet"]
     counts.on_partitions_assigned({P0, P1})
     # The log of partition 0 grows under a producer that the processor cannot outrun. The first
@@ -411,7 +398,7 @@ def test_the_first_snapshot_comes_when_counts_are_complete(client: Any, shown: l
     client.end_offsets.side_effect = lambda partitions, **_: {p: ends[p] for p in partitions}
     client.position.side_effect = lambda partition, **_: positions[partition]
     for offset in range(60):
-        report.print_if_due(counts, last=False)
+        report.print_if_due(counts)
         assert len(shown) == 1
         counts.add(batch(P0, offset, event()))
         ends[P0] += 10
@@ -419,7 +406,7 @@ def test_the_first_snapshot_comes_when_counts_are_complete(client: Any, shown: l
     report.print_if_due(counts, last=True)  # Ctrl-C before the counts are complete
     assert shown.pop() == "catching up: 5 events to go"
     positions[P1] = 5
-    report.print_if_due(counts, last=False)
+    report.print_if_due(counts)
     assert shown[1] == {"alice": {"view": 60}}
     assert shown[2].startswith("assigned partitions of events: 0, 1; ")
 
@@ -428,31 +415,25 @@ def test_later_snapshots_come_once_a_second(client: Any, shown: list[Any], clock
     counts, report = assigned_counts(client, P0), processor.Report()
     for offset in range(25):
         counts.add(batch(P0, offset, event()))
-        report.print_if_due(counts, last=False)
+        report.print_if_due(counts)
         clock.now += 0.1
     snapshots = [what for what in shown if isinstance(what, dict)]
     assert snapshots == [{"alice": {"view": number}} for number in (1, 11, 21)]
     for _ in range(9):  # nothing changes but for the last events
         clock.now += 1
-        report.print_if_due(counts, last=False)
+        report.print_if_due(counts)
     assert len(shown) == 8
     counts.add(batch(P0, 25, b"malformed"))
     clock.now += 1
-    report.print_if_due(counts, last=False)
+    report.print_if_due(counts)
     assert "malformed events skipped: 1" in shown[8]  # what is counted has changed
 
 
 @pytest.mark.parametrize("outage", [False, True])
 def test_the_last_snapshot_counts_the_events_read_last(
-    outage: bool, client: Any, shown: list[Any], monkeypatch: Patch
+    outage: bool, client: Any, shown: list[Any]
 ) -> None:
-    def end_offsets(*_: Any, **__: Any) -> Any:
-        if client.poll.call_count == 2:  # the second snapshot is not due yet
-            processor.stop = not outage
-        return {P0: 0}
-
-    client.position.side_effect = lambda *_, **__: end_offsets()[P0]
-    client.end_offsets.side_effect = end_offsets
+    """The second event is counted, its snapshot is not due yet, and Ctrl-C comes."""
 
     def polls() -> Any:
         yield batch(P0, 0, event())
@@ -460,7 +441,12 @@ def test_the_last_snapshot_counts_the_events_read_last(
         processor.stop = True
         raise REFUSED
 
+    def position(*_: Any, **__: Any) -> int:
+        processor.stop |= client.poll.call_count == 2 and not outage
+        return 0
+
     client.poll.side_effect = polls()
+    client.position.side_effect = position
     processor.process(client, once=False)
     assert shown[0::2] == [{"alice": {"view": 1}}, {"alice": {"view": 2}}]
 
