@@ -305,6 +305,12 @@ def test_a_processor_prints_nothing_before_the_rewind(client: Any, capsys: Captu
     assert capsys.readouterr().out == ""  # {} would be a wrong snapshot
 
 
+def test_a_processor_prints_nothing_without_an_end_offset(client: Any, capsys: Capture) -> None:
+    client.end_offsets.side_effect = NO_ANSWER
+    run(processor, client, batch(P0, 0, event()))
+    assert capsys.readouterr().out == ""
+
+
 # The processor
 
 
@@ -367,11 +373,12 @@ def test_the_line_below_a_snapshot_says_what_it_counts(client: Any) -> None:
     assert counts.scope() == part
     counts.on_partitions_assigned({P2, P0})
     assert counts.scope() == "assigned partitions of events: 0, 1, 2"
-    counts.add(batch(P2, 24, b"{}", b"[]") | batch(P0, 3, b"{}", event()))
+    counts.add(batch(P2, 24, b"{}", b"[]") | batch(P0, 3, event(1), event()))
     malformed = counts.scope().partition("; malformed events skipped: ")[2]
     assert malformed.startswith("3, for example partition=2 offset=25: TypeError: ")
     counts.on_partitions_revoked({P2})
-    assert counts.scope().endswith("1, for example partition=0 offset=3: KeyError: 'user_id'")
+    reason = "TypeError: the fields that are counted must be strings"
+    assert counts.scope().endswith(f"1, for example partition=0 offset=3: {reason}")
 
 
 @pytest.fixture
