@@ -109,17 +109,6 @@ def test_printable_text_is_one_harmless_line(data: bytes | None, expected: str) 
     assert consumer.printable(data) == expected
 
 
-def test_producer_and_consumer_print_equal_lines(capsys: Capture) -> None:
-    deliveries, futures = fake_deliveries("Süd")
-    acknowledge(futures[0], partition=2, offset=41)
-    deliveries.print_acknowledged()
-    message = deliveries.producer.send.call_args.kwargs
-    consumer.print_events({P2: [Message(2, 41, message["key"], message["value"])]})
-    sent, printed = capsys.readouterr().out.splitlines()
-    assert sent == printed
-    assert sent.startswith('partition=2 offset=41 key=Süd {"event_id": "0", "user_id": "Süd", ')
-
-
 # The producer
 
 
