@@ -39,14 +39,24 @@ START_SECONDS = 120.0
 
 
 @functools.cache
-def service() -> Any:
-    """Return the compose file's description of the broker."""
-    return yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["kafka"]
+def service() -> tuple[str, dict[str, str]]:
+    """Return Kafka's version and environment from the compose file; RuntimeError if not there."""
+    file = ROOT / "docker-compose.yml"
+    try:
+        kafka = yaml.safe_load(file.read_bytes())["services"]["kafka"]
+        [version] = re.findall(r"^[^@]*:(\d[\w.]*)(?:@.*)?$", kafka["image"])
+        given = kafka["environment"]
+        if isinstance(given, list):
+            given = dict(entry.partition("=")[::2] for entry in given)
+        return version, {key: str(value) for key, value in given.items() if value not in (None, "")}
+    except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError):
+        wanted = "`image: apache/kafka:4.3.1`, or another version, and `environment:`"
+        raise RuntimeError(f"{file} has no service `kafka` with {wanted}") from None
 
 
 def version() -> str:
     """Return Kafka's version, which is that of the compose file's image."""
-    return str(service()["image"].partition(":")[2])
+    return service()[0]
 
 
 @functools.cache
@@ -124,12 +134,12 @@ class Broker:
         self.process: subprocess.Popen[bytes] | None = None
         self.configured = False
         ports = {"9092": str(self.port), "9093": str(free_port())}
-        self.environment = {key: str(value) for key, value in service()["environment"].items()}
-        for key, value in self.environment.items():
+        self.environment: dict[str, str] = {}
+        for key, value in service()[1].items():
             # Both at once: the new number of one port may be the old number of the other.
             value = re.sub(r":(9092|9093)\b", lambda match: f":{ports[match[1]]}", value)
             # In its container the broker listens on all interfaces; here on loopback only.
-            self.environment[key] = value.replace("//:", "//localhost:")
+            self.environment[key] = re.sub(r"//(0\.0\.0\.0)?:", "//localhost:", value)
         # Paths below the folder are relative: Java reads properties files as Latin-1.
         self.environment["KAFKA_LOG_DIRS"] = "data"
         self.environment["LC_ALL"] = "C.UTF-8"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from broker import free_port
+from broker import free_port, version
 from events import event
 from readme import copy_project
 from scripts import TIMEOUT, Script, Start, send_events, wait_until
@@ -49,6 +49,12 @@ def java_processes(script: Script) -> list[psutil.Process]:
 
 
 def test_events_are_kept_and_the_compose_file_is_read_at_each_start(program: Program) -> None:
+    """First with a mapping of values, then with a list."""
+    compose = program.project / "docker-compose.yml"
+    text = compose.read_text()
+    assert '- "127.0.0.1:9092:9092"' in text  # Docker's is for this machine only
+    more = "KAFKA_AUTO_CREATE_TOPICS_ENABLE: true\n      KAFKA_NUM_IO_THREADS:\n      KAFKA_NUM_"
+    compose.write_text(text.replace("KAFKA_NUM_", more))
     witness = Witness(f"localhost:{program.port}")
     broker = program.serve()
     witness.create_topic(3)
@@ -59,10 +65,13 @@ def test_events_are_kept_and_the_compose_file_is_read_at_each_start(program: Pro
     assert broker.lines[-1] == "stopping Kafka"
     assert broker.err == ""
 
-    compose = program.project / "docker-compose.yml"
-    assert '- "127.0.0.1:9092:9092"' in compose.read_text()  # Docker's is for this machine only
-    compose.write_text(compose.read_text().replace("NUM_PARTITIONS: 3", "NUM_PARTITIONS: 5"))
+    text = re.sub(r"^      (KAFKA_\w+): ", r"      - \1=", text, flags=re.MULTILINE)
+    text = text.replace("PARTITIONS=3", "PARTITIONS=5").replace("//:", "//0.0.0.0:")
+    image = r"image: localhost:5000/\1@sha256:0"
+    compose.write_text(re.sub("image: (.*)", image, text), newline="\r\n")
     broker = program.serve()
+    [java] = java_processes(broker)
+    assert {c.laddr.ip.removeprefix("::ffff:") for c in java.net_connections()} == {"127.0.0.1"}
     assert len(witness.messages()) == 5
     witness.delete_topics("events")
     send_events(program.start, 5, address=witness.address)
@@ -112,7 +121,16 @@ def test_failures_are_reported_with_their_cause(program: Program, tmp_path: Path
     assert re.fullmatch(r"/.*/\.kafka\S*: (Not a directory|File exists)\n", no_data_folder.err)
 
     compose = program.project / "docker-compose.yml"
-    compose.write_text(compose.read_text().replace("ROLES: broker,", "ROLES: brother,"))
+    text = compose.read_text()
+    other_service = text.replace("\n  kafka:", "\n  broker:")
+    no_version, no_tag = text.replace(version(), "latest"), re.sub(":4.*", "@sha256:4", text)
+    for unusable in (other_service, no_version, no_tag, "a: b: c", "", "- KEY: value"):
+        compose.write_text(unusable)
+        no_broker = program.run("true")
+        assert no_broker.wait() == 1
+        assert re.fullmatch(r"/.*yml has no service `kafka` with .*\n", no_broker.err), unusable
+
+    compose.write_text(text.replace("ROLES: broker,", "ROLES: brother,"))
     bad_setting = program.run("true")
     assert bad_setting.wait() == 1
     headline, *log = bad_setting.err.splitlines()
