@@ -265,19 +265,21 @@ class Cluster:
             broker.kill()
 
 
-def report_exited(running: list[Broker]) -> None:
-    """Report the brokers that have exited by themselves, and remove them from the list."""
-    for broker in [broker for broker in running if not broker.is_running()]:
-        running.remove(broker)
-        print(broker.error("has exited"), file=sys.stderr, flush=True)
+def report_exited(brokers: list[Broker]) -> None:
+    """Report the brokers that have exited by themselves, each once."""
+    for broker in brokers:
+        if broker.process and (status := broker.process.poll()) is not None:
+            broker.process = None
+            killed = f"Kafka on {broker.address} was killed"
+            error = killed if status == -signal.SIGKILL else broker.error("has exited")
+            print(error, file=sys.stderr, flush=True)
 
 
 def serve(brokers: list[Broker], *lines: str) -> int:
     """Print the lines, then wait for a signal; return 1 if the brokers exit by themselves."""
     print(*lines, sep="\n", flush=True)
-    running = list(brokers)
-    while running:
-        report_exited(running)
+    while any(broker.process for broker in brokers):
+        report_exited(brokers)
         time.sleep(0.2)
     return 1
 
@@ -302,7 +304,7 @@ def serve_several(number: int) -> int:
             f"Kafka is ready, {number} brokers. In every other terminal, first:",
             f"    export KAFKA_BOOTSTRAP_SERVERS={cluster.address}",
             "To kill one of them:",
-            *(f"    kill -9 {b.process.pid}  # {b.address}" for b in cluster.brokers if b.process),
+            *(f"    {b.address}: kill -9 {b.process.pid}" for b in cluster.brokers if b.process),
             "Ctrl-C stops all of them and deletes their events.",
         )
 
@@ -359,7 +361,7 @@ def main() -> int:
     if not options.command:
         for port in range(PORT, PORT + options.brokers):
             if is_open(port):
-                sys.exit(f"port {port} is in use; `ss -ltnp` shows by which process")
+                sys.exit(f"port {port} is in use: is another broker running?")
     for signum in SIGNALS:
         signal.signal(signum, leave)
     try:
