@@ -128,8 +128,6 @@ class Broker:
         # Paths below the folder are relative: Java reads properties files as Latin-1.
         self.environment["KAFKA_LOG_DIRS"] = "data"
         self.environment["LC_ALL"] = "C.UTF-8"
-        if "JDK_JAVA_OPTIONS" in os.environ:  # the tests use it to start faster
-            self.environment["JDK_JAVA_OPTIONS"] = os.environ["JDK_JAVA_OPTIONS"]
         self.environment["CLUSTER_ID"] = "5L6g3nShT-eMCtK--X86sw"  # the image's own default
         self.environment.update(environment or {})
 
@@ -306,6 +304,7 @@ def run(command: list[str], number: int) -> int:
     ports = [free_port() for _ in range(number)]
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ports) as cluster:
         environment = os.environ | {"KAFKA_BOOTSTRAP_SERVERS": cluster.address}
+        environment.pop("KAFKA_CLIENT_SETTINGS", None)  # a login, say, which this broker has not
         received: list[int] = []
         for signum in SIGNALS:
             signal.signal(signum, lambda number, _: received.append(number))
@@ -335,15 +334,14 @@ def main() -> int:
     parser.add_argument("--brokers", type=int, choices=(1, 3), default=1)
     parser.add_argument("command", nargs=REMAINDER, help=SUPPRESS)
     options = parser.parse_args()
-    if not options.command:
-        for port in range(PORT, PORT + options.brokers):
-            if is_open(port):
-                sys.exit(f"port {port} is in use: is another broker running?")
     for signum in SIGNALS:
         signal.signal(signum, leave)
     try:
         if options.command:
             return run(options.command, options.brokers)
+        for port in range(PORT, PORT + options.brokers):
+            if is_open(port):
+                sys.exit(f"port {port} is in use: is another broker running?")
         print(f"starting Kafka {version()}", flush=True)
         return serve_one() if options.brokers == 1 else serve_several(options.brokers)
     except RuntimeError as error:

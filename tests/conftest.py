@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from broker import Broker, jars, version
+from broker import DOWNLOADS, Broker, jars, version
 from broker_settings import LIGHT
 from filelock import FileLock
 from proxy import Proxy, add_proxy
@@ -23,12 +23,9 @@ FOREIGN = ("KAFKA_", "PYTHON", "JAVA", "_JAVA", "JDK_", "LANG", "LC_", "COLUMNS"
 for name in [name for name in os.environ if name.startswith(FOREIGN)]:
     del os.environ[name]
 
-# A shell starts background jobs with Ctrl-C and Ctrl-\ ignored, and nohup has SIGHUP ignored.
-# Processes inherit that, unless there is a handler.
+# A shell starts background jobs with Ctrl-C and Ctrl-\ ignored, which processes inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # Each file's tests run one after the other; files with the longest ones should begin first.
 SLOWEST_FIRST = ["test_outages", "test_readme", "test_cluster", "test_groups", "test_quick_start"]
@@ -50,14 +47,13 @@ def kafka() -> None:
 
     Brokers then start in half the time, which saves more than half a minute.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "kafka-practice")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    classes = folder / f"{version()}.aot"
-    with FileLock(folder / "lock"):  # the first of pytest-xdist's processes does it for all
+    DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    classes = DOWNLOADS / version() / "classes.aot"
+    with FileLock(DOWNLOADS / "lock"):  # the first of pytest-xdist's processes does it for all
         jars()
         if not classes.exists():
             with tempfile.TemporaryDirectory() as data:
-                broker, new = Broker(Path(data)), folder / "new"
+                broker, new = Broker(Path(data)), classes.with_name("new")
                 broker.configure()
                 broker.java_options = (*Broker.java_options, f"-XX:AOTCacheOutput={new}")
                 broker.start()

@@ -1,5 +1,6 @@
 """tests/broker.py as a program: it serves, stops, and leaves nothing behind."""
 
+import json
 import os
 import re
 import shutil
@@ -90,7 +91,9 @@ def test_a_command_has_its_own_broker_and_needs_no_java(program: Program, tmp_pa
     producer = f"'{sys.executable}' producer.py --count 3 --interval 0 --quiet"
     job = f"{producer} && echo $KAFKA_BOOTSTRAP_SERVERS && exit 7"
     with socket.create_server(("localhost", program.port)):
-        broker = program.run("sh", "-c", job, PATH=str(tmp_path), JAVA_HOME="")
+        login = json.dumps({"security_protocol": "SSL"})  # of another cluster
+        environment = {"PATH": str(tmp_path), "JAVA_HOME": "", "KAFKA_CLIENT_SETTINGS": login}
+        broker = program.run("sh", "-c", job, **environment)
         refused = program.run()
         assert broker.wait() == 7  # the command's status
         assert refused.wait() == 1
