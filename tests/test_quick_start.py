@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sysconfig
 import venv
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,10 @@ from readme import blocks, copy_project, section
 from scripts import SCRIPTS, Script, Start, assert_clean_stop, run_pipeline, wait_until
 from witness import Witness
 
+needs_port = pytest.mark.skipif(is_open(PORT), reason=f"port {PORT} is in use by another broker")
 
-@pytest.mark.skipif(is_open(PORT), reason=f"port {PORT} is in use: stop your own broker")
+
+@needs_port
 def test_the_quick_start_without_docker(kafka: None, tmp_path: Path, start: Start) -> None:
     quick_start = section("Quick start")
     _, _, start_broker, look_at_group = blocks(quick_start)
@@ -71,30 +72,25 @@ def test_the_quick_start_without_docker(kafka: None, tmp_path: Path, start: Star
     assert_clean_stop(consumer)
 
 
-@pytest.fixture
-def compose() -> Iterator[Callable[..., None]]:
-    """compose("up", "-d") runs docker compose, with a project name for this test only."""
-    try:
-        subprocess.run(["docker", "compose", "ls"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
+@needs_port
+def test_the_quick_start_with_docker(start: Start) -> None:
+    if subprocess.run("docker compose ls", shell=True, capture_output=True).returncode:
         pytest.skip("no Docker engine answers")
-    if is_open(PORT):
-        pytest.skip(f"port {PORT} is in use: stop your own broker")
+    [command] = [block for block in blocks(section("Quick start")) if block.startswith("docker")]
 
-    def run(*arguments: str) -> None:
-        command = ["docker", "compose", "--project-name", f"practice-test-{os.getpid()}"]
-        subprocess.run([*command, *arguments], cwd=ROOT, check=True)
+    def compose(arguments: str) -> None:
+        """Run docker compose in a project of the test's own, which has its own volume."""
+        own = ["docker", "compose", "--project-name", f"practice-test-{os.getpid()}"]
+        subprocess.run([*own, *arguments.split()], cwd=ROOT, check=True)
 
-    yield run
-    run("down", "--volumes")
-
-
-def test_the_quick_start_with_docker(compose: Callable[..., None], start: Start) -> None:
-    address = f"localhost:{PORT}"
-    assert blocks(section("Quick start"))[1] == "docker compose up -d --wait\n"
-    compose("up", "-d", "--wait")
-    run_pipeline(start, Witness(address), address=address)
-    log = Witness(address).messages()
-    compose("down")
-    compose("up", "-d", "--wait")
-    assert Witness(address).messages() == log
+    up = command.removeprefix("docker compose")
+    witness = Witness(f"localhost:{PORT}")
+    try:
+        compose(up)
+        run_pipeline(start, witness, address=witness.address)
+        log = witness.messages()
+        compose("down")
+        compose(up)
+        assert witness.messages() == log
+    finally:
+        compose("down --volumes")
