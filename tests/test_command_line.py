@@ -62,36 +62,32 @@ def test_a_full_disk_stops_the_scripts(start: Start, witness: Witness) -> None:
     assert witness.committed() == {}
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        ("FileNotFoundError('/no/file')", "FileNotFoundError: /no/file"),
-        ("BrokenPipeError('mine')", "--- stopped: mine"),
-        ("KeyError('mistake')", "KeyError: 'mistake'"),
-    ],
-)
-def test_an_exception_in_print_events_is_seen(
-    error: str, reason: str, start: Start, witness: Witness
-) -> None:
+def test_an_exception_in_print_events_is_seen(start: Start, witness: Witness) -> None:
     witness.create_topic(1)
     witness.write([(0, b"key", event())])
     function = "def print_events(batches: Batches) -> None:\n"
-    consumer = start("consumer.py", edit=(function, f"{function}    raise {error}\n"))
-    assert consumer.wait() == 1
-    assert consumer.err.splitlines()[-1] == reason
-    assert ("Traceback" in consumer.err) == (not reason.startswith("---"))
-    assert witness.assignments() == []  # it has left the group,
-    assert witness.committed() == {}  # and its event is still to be handled
+    for error, reason in (
+        ("FileNotFoundError('/no/file')", "FileNotFoundError: /no/file"),
+        ("KeyError('mistake')", "KeyError: 'mistake'"),
+        ("BrokenPipeError('mine')", "--- stopped: mine"),
+    ):
+        consumer = start("consumer.py", edit=(function, f"{function}    raise {error}\n"))
+        assert consumer.wait() == 1
+        assert consumer.err.splitlines()[-1] == reason
+        assert ("Traceback" in consumer.err) == (not reason.startswith("---"))
+        assert witness.assignments() == []  # it has left the group,
+        assert witness.committed() == {}  # and its event is still to be handled
 
 
-@pytest.mark.parametrize("arguments", ALL)
-def test_a_second_ctrl_c_kills(arguments: str, start: Start, witness: Witness) -> None:
+def test_a_second_ctrl_c_kills(start: Start, witness: Witness) -> None:
     witness.create_topic(1)
     witness.write((0, b"key", event(f"user {number}")) for number in range(3000))
-    pipe = Pipe()
-    script = start(*arguments.split(), stdout=pipe.write_end)
-    wait_until(pipe.is_full, "the pipe is full")
-    script.process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        script.wait(2)
-    assert script.stop(timeout=5) == -signal.SIGINT
+    pipes = [Pipe() for _ in ALL]
+    scripts = [start(*a.split(), stdout=p.write_end) for a, p in zip(ALL, pipes, strict=True)]
+    for script, pipe in zip(scripts, pipes, strict=True):
+        wait_until(pipe.is_full, "the pipe is full")
+        script.process.send_signal(signal.SIGINT)
+    for script in scripts:
+        with pytest.raises(subprocess.TimeoutExpired):
+            script.wait(2)
+        assert script.stop(timeout=5) == -signal.SIGINT
