@@ -9,11 +9,11 @@ import os
 import sys
 import uuid
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import producer as script
 
 SERVERS = os.environ["KAFKA_BOOTSTRAP_SERVERS"]
@@ -28,30 +28,30 @@ def produce(number: int) -> None:
     producer.flush()
 
 
-def create_consumer() -> KafkaConsumer:
+def batches(number: int) -> Iterator[list[Any]]:
     start = {"group_id": str(uuid.uuid4()), "auto_offset_reset": "earliest"}
     fast = {"max_partition_fetch_bytes": 4 * 1024 * 1024, "max_poll_records": 5_000}
     settings = {"bootstrap_servers": SERVERS, "enable_auto_commit": False, **start, **fast}
-    return KafkaConsumer(script.TOPIC, **settings)
-
-
-def consume(number: int) -> None:
-    consumer = create_consumer()
+    consumer = KafkaConsumer(script.TOPIC, **settings)
     while number > 0:
         for messages in consumer.poll(timeout_ms=500).values():
-            for message in messages:
-                position = f"partition={message.partition} offset={message.offset}"
-                print(f"{position} key={message.key.decode()} {message.value.decode()}")
+            yield messages
             number -= len(messages)
 
 
+def consume(number: int) -> None:
+    for messages in batches(number):
+        for message in messages:
+            position = f"partition={message.partition} offset={message.offset}"
+            print(f"{position} key={message.key.decode()} {message.value.decode()}")
+
+
 def process(number: int) -> None:
-    consumer, counts = create_consumer(), Counter[tuple[str, str]]()
-    while counts.total() < number:
-        for messages in consumer.poll(timeout_ms=500).values():
-            for message in messages:
-                event = json.loads(message.value)
-                counts[event["user_id"], event["action"]] += 1
+    counts = Counter[tuple[str, str]]()
+    for messages in batches(number):
+        for message in messages:
+            event = json.loads(message.value)
+            counts[event["user_id"], event["action"]] += 1
 
 
 if __name__ == "__main__":
