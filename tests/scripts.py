@@ -38,7 +38,8 @@ def wait_until(condition: Callable[[], Any], what: str, timeout: float = TIMEOUT
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
         for script in Script.running:
-            assert not script.has_crashed(), f"{script.command}, before {what}:\n{script.err}"
+            has_crashed = script.process.poll() is not None and "Traceback" in script.err
+            assert not has_crashed, f"{script.command}, before {what}:\n{script.err}"
         time.sleep(0.1)
     return value
 
@@ -105,21 +106,17 @@ class Script:
             Script.running.remove(self)
         return self.process.wait(timeout)
 
-    def has_crashed(self) -> bool:
-        return self.process.poll() is not None and "Traceback" in self.err
-
     def stop(self, signum: int = signal.SIGINT, timeout: float = TIMEOUT) -> int:
         """Send Ctrl-C or another signal; return the exit status."""
         self.process.send_signal(signum)
         return self.wait(timeout)
 
     def processes(self) -> list[psutil.Process]:
-        """Return the running process and its children, if there are any."""
-        try:
-            process = psutil.Process(self.process.pid)
-            return [process, *process.children(recursive=True)]
-        except psutil.NoSuchProcess:
+        """Return the process and its children; none if it has exited."""
+        if self.process.poll() is not None:
             return []
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children(recursive=True)]
 
 
 def script_command(*arguments: str) -> list[str]:
