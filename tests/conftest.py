@@ -31,11 +31,6 @@ signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 SLOWEST_FIRST = ["test_outages", "test_readme", "test_cluster", "test_groups", "test_quick_start"]
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run more tests at once than there are cores, as most wait; only the functions in one."""
-    return 0 if all("test_functions" in argument for argument in config.args) else 4
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: number for number, name in enumerate(SLOWEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

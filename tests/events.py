@@ -39,15 +39,13 @@ MALFORMED_VALUES: dict[str, bytes | None] = {
 }
 
 
-def event_line(message: Message) -> str:
-    """Return the line that producer and consumer print for a message of printable UTF-8."""
-    key, value = ("null" if data is None else data.decode() for data in message[2:])
-    return f"partition={message.partition} offset={message.offset} key={key} {value}"
-
-
 def event_lines(messages: Iterable[Message]) -> list[str]:
-    """Return the event lines of these messages, sorted."""
-    return sorted(map(event_line, messages))
+    """Return the lines that the scripts print for messages of printable UTF-8, sorted."""
+    lines = []
+    for m in messages:
+        key, value = ("null" if data is None else data.decode() for data in (m.key, m.value))
+        lines.append(f"partition={m.partition} offset={m.offset} key={key} {value}")
+    return sorted(lines)
 
 
 def counts_of(messages: Iterable[Message]) -> Snapshot:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from broker import Broker, free_port
+from broker_settings import add_listener
 
 # Kafka's numbers for kinds of requests, for Proxy.pass_response.
 PRODUCE, FETCH, OFFSET_COMMIT, SYNC_GROUP = 0, 1, 8, 14
@@ -91,8 +92,6 @@ def closing_both(*connections: Connection) -> Iterator[None]:
 def add_proxy(broker: Broker) -> Proxy:
     """Give a broker that is not running yet one more listener, which is behind a proxy."""
     proxy = Proxy(free_port(), target_port=free_port())
-    settings = broker.environment
-    settings["KAFKA_LISTENERS"] += f",PROXIED://localhost:{proxy.target_port}"
-    settings["KAFKA_ADVERTISED_LISTENERS"] += f",PROXIED://{proxy.address}"
-    settings["KAFKA_LISTENER_SECURITY_PROTOCOL_MAP"] += ",PROXIED:PLAINTEXT"
+    own_address = f"localhost:{proxy.target_port}"
+    add_listener(broker, "PROXIED", "PLAINTEXT", own_address, advertised=proxy.address)
     return proxy

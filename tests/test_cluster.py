@@ -21,9 +21,6 @@ def cluster(kafka: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 @pytest.fixture
 def broker(cluster: Cluster) -> Cluster:
     """The three brokers, without topics and groups, instead of a single one."""
-    for broker in cluster.brokers:
-        if not broker.is_running():
-            broker.start()
     Witness(cluster.address).delete_everything()
     return cluster
 

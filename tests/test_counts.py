@@ -35,8 +35,8 @@ def test_every_snapshot_is_complete(start: Start, witness: Witness, proxy: Proxy
     everything = counts_of(witness.messages())
     # It takes longer to read a partition than the second between two snapshots.
     proxy.delay(0.3, FETCH)
-    slow: dict[str, Any] = {"address": proxy.address}
-    slow["settings"] = {"fetch_max_bytes": 1}  # it fetches one batch at a time
+    one_batch_at_a_time = {"fetch_max_bytes": 1}
+    slow: dict[str, Any] = {"address": proxy.address, "settings": one_batch_at_a_time}
     first = start("processor.py", **slow)
     wait_until(lambda: first.snapshots, "the first processor has a snapshot")
     assert first.snapshots[0] == everything

@@ -154,15 +154,6 @@ def test_every_event_is_pending_delivered_or_failed(capsys: Capture) -> None:
     assert deliveries.error == NO_ANSWER
 
 
-def test_an_event_whose_send_raises_has_failed() -> None:
-    deliveries, _ = fake_deliveries()
-    deliveries.producer.send.side_effect = [NO_ANSWER, REFUSED]
-    for _ in range(2):
-        deliveries.send(json.loads(event()))
-    assert (deliveries.sent, deliveries.delivered, deliveries.pending) == (2, 0, [])
-    assert deliveries.error == NO_ANSWER  # the first one's
-
-
 def test_events_pending_for_5_s_are_reported(clock: Clock, caplog: Logs) -> None:
     deliveries, futures = fake_deliveries("a", "b")
 
@@ -375,7 +366,7 @@ def shown(monkeypatch: Patch) -> list[Any]:
     """The snapshots and the lines below them, in the order in which they appear."""
     shown: list[Any] = []
 
-    def show(snapshot: str, flush: bool) -> None:
+    def show(snapshot: str, **_: Any) -> None:
         shown.append(json.loads(snapshot))
 
     monkeypatch.setattr(processor, "print", show, raising=False)
@@ -490,8 +481,7 @@ def test_malformed_settings_are_reported(
         script.connect() if script is producer else script.connect("group")
     line = str(end.value.code)
     assert line.startswith(f"--- cannot connect to {server} (")
-    assert "; start Kafka with docker compose up -d or python tests/broker.py, or check " in line
-    assert line.endswith("check KAFKA_BOOTSTRAP_SERVERS and the login in KAFKA_CLIENT_SETTINGS")
+    assert "start Kafka with docker compose up -d or python tests/broker.py, or check " in line
     assert "secret" not in line
 
 

@@ -22,6 +22,7 @@ def test_two_consumers_share_the_partitions(start: Start, witness: Witness) -> N
     partitions = [{int(line[len("partition=")]) for line in c.lines} for c in (first, second)]
     assert [sorted(numbers) for numbers in partitions] == assigned
     assert_clean_stop(first, second)
+    assert witness.assignments() == []  # they have left the group
 
 
 def test_a_fourth_member_waits_until_another_leaves(start: Start, witness: Witness) -> None:
@@ -31,18 +32,10 @@ def test_a_fourth_member_waits_until_another_leaves(start: Start, witness: Witne
     wait_until(lambda: len(witness.assignments()) == 5, "both have joined")
     for member in (fourth, processor):
         wait_until(lambda: member.assigned == [], "it reports that it has no partition")
-    assert_clean_stop(processor)
+    assert_clean_stop(processor, signum=signal.SIGTERM)
     assert processor.snapshots == []
-    assert_clean_stop(consumers[0])
+    assert_clean_stop(consumers[0], signum=signal.SIGTERM)
     wait_until(lambda: len(fourth.assigned or []) == 1, "it is assigned a partition")
-
-
-def test_members_leave_when_they_are_terminated(start: Start, witness: Witness) -> None:
-    producer = start("producer.py", "--interval", "0.01")
-    consumer, processor = start("consumer.py"), start("processor.py")
-    wait_until(lambda: consumer.lines and processor.snapshots, "all are at work")
-    assert_clean_stop(producer, consumer, processor, signum=signal.SIGTERM)
-    assert witness.assignments() == []
 
 
 @pytest.mark.parametrize("name", ["consumer.py", "processor.py"])

@@ -1,24 +1,19 @@
-"""The quick start on port 9092: without Docker, and where a Docker engine answers also with it."""
+"""The quick start without Docker, on port 9092. CI runs the one with Docker."""
 
-import os
 import re
 import shlex
-import subprocess
 import sysconfig
 import venv
 from pathlib import Path
 
 import pytest
 import stderr_lines
-from broker import PORT, ROOT, is_open
+from broker import PORT, is_open
 from readme import blocks, copy_project, section
-from scripts import SCRIPTS, Script, Start, assert_clean_stop, run_pipeline, wait_until
-from witness import Witness
-
-needs_port = pytest.mark.skipif(is_open(PORT), reason=f"port {PORT} is in use by another broker")
+from scripts import SCRIPTS, Script, Start, assert_clean_stop, wait_until
 
 
-@needs_port
+@pytest.mark.skipif(is_open(PORT), reason=f"port {PORT} is in use by another broker")
 def test_the_quick_start_without_docker(kafka: None, tmp_path: Path, start: Start) -> None:
     quick_start = section("Quick start")
     _, _, start_broker, look_at_group = blocks(quick_start)
@@ -70,27 +65,3 @@ def test_the_quick_start_without_docker(kafka: None, tmp_path: Path, start: Star
     old = {line for line in producer.lines if line < "partition=3"}
     wait_until(lambda: old <= {*consumer.lines}, "it prints all events again")
     assert_clean_stop(consumer)
-
-
-@needs_port
-def test_the_quick_start_with_docker(start: Start) -> None:
-    if subprocess.run("docker compose ls", shell=True, capture_output=True).returncode:
-        pytest.skip("no Docker engine answers")
-    [command] = [block for block in blocks(section("Quick start")) if block.startswith("docker")]
-
-    def compose(arguments: str) -> None:
-        """Run docker compose in a project of the test's own, which has its own volume."""
-        own = ["docker", "compose", "--project-name", f"practice-test-{os.getpid()}"]
-        subprocess.run([*own, *arguments.split()], cwd=ROOT, check=True)
-
-    up = command.removeprefix("docker compose")
-    witness = Witness(f"localhost:{PORT}")
-    try:
-        compose(up)
-        run_pipeline(start, witness, address=witness.address)
-        log = witness.messages()
-        compose("down")
-        compose(up)
-        assert witness.messages() == log
-    finally:
-        compose("down --volumes")

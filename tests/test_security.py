@@ -6,11 +6,12 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import trustme
 from broker import Broker, free_port
-from broker_settings import FAST_RETURN
+from broker_settings import add_listener
 from cryptography.hazmat.primitives import serialization as pem
 from proxy import Proxy
 from readme import blocks, section
@@ -22,40 +23,13 @@ PASSWORD = "correct-horse"
 REJECTED = ".*(Sasl.*Error|KafkaConnectionError: socket disconnected)"
 
 
-class SecuredBroker:
-    """A broker with two listeners: OPEN for anybody, SASL for a password over TLS."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        authority = trustme.CA()
-        authority.cert_pem.write_to_path(folder / "ca.pem")
-        trustme.CA().cert_pem.write_to_path(folder / "other_ca.pem")
-        issued = authority.issue_cert("localhost")
-        key = pem.load_pem_private_key(issued.private_key_pem.bytes(), None)
-        options = pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption()  # as Kafka wants it
-        chain = b"".join(blob.bytes() for blob in issued.cert_chain_pems)
-        (folder / "server.pem").write_bytes(key.private_bytes(*options) + chain)
-        ports = {name: free_port() for name in ("OPEN", "SASL", "CONTROLLER")}
-        addresses = {name: f"localhost:{port}" for name, port in ports.items()}
-        self.sasl = addresses["SASL"]
-        listeners = [f"{name}://{address}" for name, address in addresses.items()]
-        settings = {
-            "KAFKA_CONTROLLER_QUORUM_VOTERS": f"1@{addresses['CONTROLLER']}",
-            "KAFKA_LISTENERS": ",".join(listeners),
-            "KAFKA_ADVERTISED_LISTENERS": ",".join(listeners[:2]),
-            "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "OPEN:PLAINTEXT,"
-            "SASL:SASL_SSL,CONTROLLER:PLAINTEXT",
-            "KAFKA_INTER_BROKER_LISTENER_NAME": "OPEN",
-            "KAFKA_SASL_ENABLED_MECHANISMS": "PLAIN",
-            "KAFKA_LISTENER_NAME_SASL_PLAIN_SASL_JAAS_CONFIG": "org.apache.kafka.common.security."
-            f'plain.PlainLoginModule required user_me="{PASSWORD}";',
-            "KAFKA_SSL_KEYSTORE_TYPE": "PEM",
-            "KAFKA_SSL_KEYSTORE_LOCATION": str(folder / "server.pem"),
-        }
-        self.broker = Broker(folder, ports["OPEN"], FAST_RETURN | settings)
+class Secured(NamedTuple):
+    broker: Broker  # with another listener, for a password over TLS
+    address: str  # of that listener
+    folder: Path
 
     def password_settings(self) -> dict[str, str]:
-        """Return the scripts' settings for SASL: the README's example, with these values."""
+        """Return the scripts' settings for a login: the README's example, with these values."""
         [example] = re.findall(r"'(\{.*?\})'", blocks(section("Settings"))[0], re.DOTALL)
         own = {"sasl_plain_password": PASSWORD, "ssl_cafile": str(self.folder / "ca.pem")}
         assert {*own} < {*json.loads(example)}
@@ -63,27 +37,43 @@ class SecuredBroker:
 
 
 @pytest.fixture(scope="module")
-def secured(kafka: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredBroker]:
-    secured = SecuredBroker(tmp_path_factory.mktemp("secured"))
+def secured(kafka: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    folder = tmp_path_factory.mktemp("secured")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    trustme.CA().cert_pem.write_to_path(folder / "other_ca.pem")
+    issued = authority.issue_cert("localhost")
+    key = pem.load_pem_private_key(issued.private_key_pem.bytes(), None)
+    options = pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption()  # as Kafka wants it
+    chain = b"".join(blob.bytes() for blob in issued.cert_chain_pems)
+    (folder / "server.pem").write_bytes(key.private_bytes(*options) + chain)
+    jaas = "org.apache.kafka.common.security.plain.PlainLoginModule"
+    settings = {
+        "KAFKA_SASL_ENABLED_MECHANISMS": "PLAIN",
+        "KAFKA_LISTENER_NAME_SASL_PLAIN_SASL_JAAS_CONFIG": f'{jaas} required user_me="{PASSWORD}";',
+        "KAFKA_SSL_KEYSTORE_TYPE": "PEM",
+        "KAFKA_SSL_KEYSTORE_LOCATION": str(folder / "server.pem"),
+    }
+    secured = Secured(Broker(folder, environment=settings), f"localhost:{free_port()}", folder)
+    add_listener(secured.broker, "SASL", "SASL_SSL", secured.address)
     with secured.broker:
         yield secured
 
 
 @pytest.fixture
-def broker(secured: SecuredBroker) -> Broker:
-    """The secured broker, without topics and groups, instead of the usual one."""
-    Witness(secured.broker.address).delete_everything()
+def broker(secured: Secured) -> Broker:
+    """The secured broker instead of the usual one."""
     return secured.broker
 
 
-def test_a_password_is_accepted(start: Start, secured: SecuredBroker, witness: Witness) -> None:
+def test_a_password_is_accepted(start: Start, secured: Secured, witness: Witness) -> None:
     settings = secured.password_settings()
-    scripts = run_pipeline(start, witness, address=secured.sasl, settings=settings)
+    scripts = run_pipeline(start, witness, address=secured.address, settings=settings)
     assert_plain_stderr(*scripts)
     assert not any(PASSWORD in script.err + script.out for script in scripts)
 
 
-def test_failed_connections_are_reported(start: Start, secured: SecuredBroker) -> None:
+def test_failed_connections_are_reported(start: Start, secured: Secured) -> None:
     """Tried with one script each, as all have the same code for it."""
     password = secured.password_settings()
     other_ca = {"ssl_cafile": str(secured.folder / "other_ca.pem")}
@@ -94,9 +84,9 @@ def test_failed_connections_are_reported(start: Start, secured: SecuredBroker) -
             ("no.such.host.invalid:9092", {}, "KafkaConnectionError: DNS Resolution failure"),
             (f"127.0.0.1:{silent.getsockname()[1]}", {}, ".*RequestTimedOutError"),
             (closing.address, {}, ".*(disconnected|reset|RESET)"),
-            (secured.sasl, password | {"sasl_plain_password": PASSWORD[1:]}, REJECTED),
-            (secured.sasl, password | other_ca, ".*certificate verify failed"),
-            (secured.sasl, password | {"ssl_cafile": "/no/ca.pem"}, ".*No such file"),
+            (secured.address, password | {"sasl_plain_password": PASSWORD[1:]}, REJECTED),
+            (secured.address, password | other_ca, ".*certificate verify failed"),
+            (secured.address, password | {"ssl_cafile": "/no/ca.pem"}, ".*No such file"),
         ]
         names = itertools.cycle(SCRIPTS)
         scripts = [start(next(names), address=a, settings=s) for a, s, _ in attempts]
