@@ -39,19 +39,19 @@ def connect(group: str) -> KafkaConsumer:
             group_id=group,
             auto_offset_reset="earliest",  # if offset 0 is deleted, start with what is left
             enable_auto_commit=False,  # consumers in the group would skip what is committed
-            isolation_level="read_committed",  # wait for open transactions, skip aborted ones
-            partition_assignment_strategy=[CooperativeStickyAssignor],  # moves few partitions
+            isolation_level="read_committed",  # no events of open or aborted transactions
+            partition_assignment_strategy=[CooperativeStickyAssignor],  # a rebalance moves few
             session_timeout_ms=10_000,  # after this, a crashed member's partitions are reassigned
-            heartbeat_interval_ms=500,  # a rebalance is noticed after at most this
+            heartbeat_interval_ms=500,  # a rebalance is noticed within this time
             max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
-            metadata_max_age_ms=10_000,  # new partitions are noticed after at most this
+            metadata_max_age_ms=10_000,  # new partitions are noticed within this time
             max_poll_records=5_000,  # these must be handled within max_poll_interval_ms
             reconnect_backoff_ms=1_000,  # try again 1 s after a failed connection,
             reconnect_backoff_max_ms=4_000,  # then after 2 s, then every 4 s
             **CLIENT_SETTINGS,
         )
-    except (errors.KafkaError, TypeError, ValueError) as error:
-        reason = "bad setting" if isinstance(error, ValueError) else error  # may quote a password
+    except (errors.KafkaError, TypeError, ValueError) as error:  # a ValueError may quote a password
+        reason = "bad setting" if isinstance(error, ValueError) else error
         start = "start Kafka with docker compose up -d or python tests/broker.py"
         check = "check KAFKA_BOOTSTRAP_SERVERS and the login in KAFKA_CLIENT_SETTINGS"
         sys.exit(f"--- cannot connect to {BOOTSTRAP_SERVERS} ({reason}); {start}, or {check}")
@@ -69,7 +69,7 @@ def process(consumer: KafkaConsumer, once: bool) -> None:
             log.warning("%s; retrying", error)
             counts.rewind()
             time.sleep(1)
-    with contextlib.suppress(errors.KafkaError):  # then the counts are not complete
+    with contextlib.suppress(errors.KafkaError):  # raised while an end offset is not known
         report.print_if_due(counts, last=True)
 
 
@@ -77,7 +77,7 @@ def poll(consumer: KafkaConsumer) -> Batches:
     """Return the next events of each partition; {} if there are none within 250 ms."""
     try:
         if consumer.group_metadata().state == MemberState.REBALANCING:
-            # Private: no public call asks for a rejoin. Without it, a member whose join takes
+            # Private, as no public call asks for a rejoin. Without one, a member whose join takes
             # longer than a poll() may wait for its partitions for ever (compare KAFKA-9815).
             consumer._coordinator.request_rejoin()
         return consumer.poll(timeout_ms=250)
@@ -91,7 +91,7 @@ def user_and_action(value: Any) -> tuple[str, str]:
     user_id, action = event["user_id"], event["action"]
     if not (isinstance(user_id, str) and isinstance(action, str)):
         raise TypeError("the fields that are counted must be strings")
-    (user_id + action).encode()  # half a surrogate pair is not text: UnicodeEncodeError
+    (user_id + action).encode()  # half a surrogate pair, which jq rejects, raises an exception
     return user_id, action
 
 
@@ -101,7 +101,7 @@ class PartitionState:
     malformed: int = 0
     malformed_example: str = ""  # the latest: where it is, and what is wrong
     next_offset: int = 0  # of the event to count next
-    end_offset: int | None = None  # of the log when it was assigned; None: not looked up yet
+    end_offset: int | None = None  # of the log, looked up after assignment; None: not yet
 
 
 class Counts(ConsumerRebalanceListener):
@@ -112,12 +112,12 @@ class Counts(ConsumerRebalanceListener):
         self.partitions: dict[TopicPartition, PartitionState] = {}
 
     def on_partitions_assigned(self, partitions: set[TopicPartition]) -> None:
-        for partition in partitions:
+        for partition in partitions:  # only those that are newly assigned
             self.partitions[partition] = PartitionState()
             self.consumer.seek(partition, 0)  # regardless of the committed offset
 
     def on_partitions_revoked(self, partitions: set[TopicPartition]) -> None:
-        for partition in partitions:
+        for partition in partitions:  # also those that a session's end has lost
             self.partitions.pop(partition, None)
 
     def add(self, batches: Batches) -> None:
@@ -126,7 +126,7 @@ class Counts(ConsumerRebalanceListener):
             for message in messages:
                 try:
                     state.counts[user_and_action(message.value)] += 1
-                except Exception as error:  # whatever is wrong with it, the others count
+                except Exception as error:  # skip it, whatever is wrong with it
                     state.malformed += 1
                     position = f"partition={message.partition} offset={message.offset}"
                     state.malformed_example = f"{position}: {type(error).__name__}: {error}"
@@ -138,14 +138,14 @@ class Counts(ConsumerRebalanceListener):
             self.consumer.seek(partition, state.next_offset)
 
     def remaining(self) -> int:
-        """Return how many offsets remain up to the log end offsets soon after assignment.
+        """Return how many offsets are left up to the end that each log had after assignment.
 
-        Raise KafkaError as long as one of these cannot be looked up.
+        Raise KafkaError as long as one of these ends cannot be looked up.
         """
         remaining = 0
         for partition, state in self.partitions.items():
             if state.end_offset is None:
-                # One at a time: of several, one without a leader would be a KeyError.
+                # One at a time: for several, a partition without a leader raises KeyError.
                 offsets = self.consumer.end_offsets([partition], timeout_ms=5_000)
                 state.end_offset = offsets[partition]
             # Unlike next_offset, the position moves on past deleted and aborted events.
@@ -168,7 +168,7 @@ class Counts(ConsumerRebalanceListener):
         if numbers and len(self.partitions) < len(self.consumer.partitions_for_topic(TOPIC)):
             scope += "; other members have the rest (--group NAME counts all)"
         if malformed := sum(state.malformed for state in self.partitions.values()):
-            example = max(state.malformed_example for state in self.partitions.values())
+            example = max(state.malformed_example for state in self.partitions.values())  # not ""
             scope += f"; malformed events skipped: {malformed}, for example {example}"
         return scope
 
@@ -182,12 +182,11 @@ class Report:
     next_time: float = 0.0  # by time.monotonic()
 
     def print_if_due(self, counts: Counts, last: bool = False) -> None:
-        """Print the first snapshot when the counts are complete, then changes once a second."""
+        """Print what has changed, at most once a second; counts only when they are complete."""
+        if time.monotonic() < self.next_time and not last:
+            return
         remaining = counts.remaining()
         complete = remaining == 0 and len(counts.partitions) > 0
-        first = complete and not self.snapshot
-        if not (first or last or time.monotonic() >= self.next_time):
-            return
         snapshot = counts.as_json() if complete else self.snapshot
         status = counts.scope() if remaining == 0 else f"catching up: {remaining:,} events to go"
         if snapshot != self.snapshot:
@@ -210,9 +209,9 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="exit after the first snapshot")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # its errors are raised as well,
-    logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # failed connections are not
-    # Unlike Python's own stdout under -u, this one never drops what a pipe does not take at once.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # hide errors that it also raises
+    logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # show failed connections
+    # Unlike Python's own, it loses nothing under -u, and escapes what the encoding lacks.
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     consumer = connect(options.group)
