@@ -374,9 +374,7 @@ def shown(monkeypatch: Patch) -> list[Any]:
     return shown
 
 
-def test_the_first_snapshot_comes_when_counts_are_complete(
-    client: Any, shown: list[Any], clock: Clock
-) -> None:
+def test_the_first_snapshot_is_complete(client: Any, shown: list[Any], clock: Clock) -> None:
     counts, report = processor.Counts(client), processor.Report()
     report.print_if_due(counts)
     assert shown == ["assigned partitions of events: none yet"]

@@ -55,9 +55,9 @@ def test_changes_break_something(number: int, changed: bool, project: Path, star
         [(old, new)] = re.findall("change `(.*?)` to `(.*?)`", break_it)
         replace(project / "producer.py", old, new)
     elif changed:
-        [(inserted, below)] = re.findall("insert `(.*?)` above `(.*?)`", break_it)
-        indented = f"            {below}\n"
-        replace(project / "consumer.py", indented, indented.replace(below, inserted) + indented)
+        [(moved, above)] = re.findall("move `(.*?)` above `(.*?)`", break_it)
+        replace(project / "consumer.py", f"            {moved}\n", "")
+        replace(project / "consumer.py", f"  {above}\n", f"  {moved}\n            {above}\n")
     out = run(start, project, command)
     if number == 0:
         partitions = re.findall(r"^ *\d+ partition=\d$", out, re.MULTILINE)
