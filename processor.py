@@ -4,6 +4,7 @@ python processor.py --group mine   alone in a group, it is assigned all partitio
 """
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -24,7 +25,6 @@ CLIENT_SETTINGS = json.loads(os.environ.get("KAFKA_CLIENT_SETTINGS", "{}"))  # a
 TOPIC = "events"
 GROUP_ID = "event-watchers"
 
-log = logging.getLogger(__name__)
 stop = False  # set by Ctrl-C and SIGTERM
 Batches = dict[TopicPartition, list[Any]]  # what poll() returns: messages by partition
 
@@ -52,9 +52,8 @@ def connect(group: str) -> KafkaConsumer:
         )
     except (errors.KafkaError, TypeError, ValueError) as error:  # a ValueError may quote a password
         reason = "bad setting" if isinstance(error, ValueError) else error
-        start = "start Kafka with docker compose up -d or python tests/broker.py"
-        check = "check KAFKA_BOOTSTRAP_SERVERS and the login in KAFKA_CLIENT_SETTINGS"
-        sys.exit(f"--- cannot connect to {BOOTSTRAP_SERVERS} ({reason}); {start}, or {check}")
+        advice = "run docker compose up -d or python tests/broker.py, or check address and login"
+        sys.exit(f"--- cannot connect to {BOOTSTRAP_SERVERS} ({reason}); {advice}")
 
 
 def process(consumer: KafkaConsumer, once: bool) -> None:
@@ -66,9 +65,9 @@ def process(consumer: KafkaConsumer, once: bool) -> None:
             counts.add(poll(consumer))
             report.print_if_due(counts)
         except errors.KafkaError as error:
-            log.warning("%s; retrying", error)
+            logging.warning("%s; retrying", error)
             counts.rewind()
-            time.sleep(1)
+            time.sleep(2)
     with contextlib.suppress(errors.KafkaError):  # raised while an end offset is not known
         report.print_if_due(counts, last=True)
 
@@ -192,7 +191,7 @@ class Report:
         if snapshot != self.snapshot:
             print(snapshot, flush=True)
         if (snapshot, status) != (self.snapshot, self.status):
-            log.info(status)
+            logging.info(status)
         self.snapshot, self.status = snapshot, status
         self.next_time = time.monotonic() + 1
 
@@ -215,6 +214,8 @@ def main() -> None:
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     consumer = connect(options.group)
+    gc.freeze()  # exempts what there is so far from garbage collection, so that
+    gc.set_threshold(100, 1, 1)  # it often closes the sockets that kafka-python leaves open
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, request_stop)
     try:
@@ -225,7 +226,7 @@ def main() -> None:
             raise
         sys.exit(f"--- stopped: {error}")
     finally:
-        log.info("leaving the group")
+        logging.info("leaving the group")
         consumer.close(timeout_ms=5_000)  # leaves the group: its partitions are reassigned at once
 
 

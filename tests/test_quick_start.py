@@ -13,8 +13,9 @@ from readme import blocks, copy_project, section
 from scripts import SCRIPTS, Script, Start, assert_clean_stop, wait_until
 
 
-@pytest.mark.skipif(is_open(PORT), reason=f"port {PORT} is in use by another broker")
 def test_the_quick_start_without_docker(kafka: None, tmp_path: Path, start: Start) -> None:
+    if is_open(PORT):
+        pytest.skip(f"port {PORT} is in use by another broker")
     quick_start = section("Quick start")
     _, _, start_broker, look_at_group = blocks(quick_start)
     project = copy_project(tmp_path)
