@@ -4,7 +4,6 @@ python processor.py --group mine   alone in a group, it is assigned all partitio
 """
 
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -74,7 +73,6 @@ def process(consumer: KafkaConsumer, once: bool) -> None:
 
 def poll(consumer: KafkaConsumer) -> Batches:
     """Return the next events of each partition; {} if there are none within 250 ms."""
-    gc.collect()  # closes the sockets of failed connections, which kafka-python leaves open
     try:
         if consumer.group_metadata().state == MemberState.REBALANCING:
             # Private, as no public call asks for a rejoin. Without one, a member whose join takes
@@ -215,7 +213,6 @@ def main() -> None:
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     consumer = connect(options.group)
-    gc.freeze()  # keeps what there is so far out of gc.collect(), which then takes less than 1 ms
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, request_stop)
     try:
