@@ -115,7 +115,7 @@ class Counts(ConsumerRebalanceListener):
             self.consumer.seek(partition, 0)  # regardless of the committed offset
 
     def on_partitions_revoked(self, partitions: set[TopicPartition]) -> None:
-        for partition in partitions:  # also those that a session's end has lost
+        for partition in partitions:  # also those lost when the session timed out
             self.partitions.pop(partition, None)
 
     def add(self, batches: Batches) -> None:
@@ -209,7 +209,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     logging.getLogger("kafka").setLevel(logging.CRITICAL)  # hide errors that it also raises
     logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # show failed connections
-    # Unlike Python's own, it loses nothing under -u, and escapes what the encoding lacks.
+    # Unlike Python's own stdout, it loses nothing under -u, and escapes what the encoding lacks.
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
     consumer = connect(options.group)

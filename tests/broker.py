@@ -41,7 +41,7 @@ Environment = dict[str, str] | None
 
 @functools.cache
 def service() -> tuple[str, dict[str, str]]:
-    """Return Kafka's version and environment from the compose file; RuntimeError if not there."""
+    """Return the compose file's version and environment of Kafka; or raise RuntimeError."""
     file = ROOT / "docker-compose.yml"
     try:
         kafka = yaml.safe_load(file.read_bytes())["services"]["kafka"]
@@ -141,7 +141,7 @@ class Broker:
             return subprocess.Popen([*java, "-cp", classpath, *arguments], **options)
 
     def configure(self) -> None:
-        """Write server.properties and format new storage as the image does; or RuntimeError."""
+        """Write server.properties and format new storage; raise RuntimeError if that fails."""
         for name in ("defaults", "mounted", "final"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "final" / "server.properties").touch()
