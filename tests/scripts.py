@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import psutil
 import stderr_lines
 from broker import ROOT
-from events import Snapshot, counts_of, event_lines
+from events import Snapshot
 
 SCRIPTS = ("producer.py", "consumer.py", "processor.py")
 TOPIC = "events"
@@ -243,19 +243,3 @@ def assert_clean_stop(*scripts: Script, signum: int = signal.SIGINT) -> None:
     for script in scripts:
         assert script.stop(signum, timeout=20) == 0
         assert_plain_stderr(script)
-
-
-def run_pipeline(start: Start, witness: Any, **options: Any) -> list[Script]:
-    """Have a hundred events sent, printed and counted; return the three scripts."""
-    producer = send_events(start, 100, **options)
-    log = witness.messages()
-    assert printed_lines(producer) == event_lines(log)
-    assert witness.partitions() == [0, 1, 2]
-    consumer = start("consumer.py", **options)
-    wait_until(lambda: len(consumer.lines) >= 100, "all events are printed")
-    assert consumer.stop() == 0
-    assert printed_lines(consumer) == printed_lines(producer)
-    processor = start("processor.py", "--once", "--group", "counting", **options)
-    assert processor.wait() == 0
-    assert processor.snapshots == [counts_of(log)]
-    return [producer, consumer, processor]

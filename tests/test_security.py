@@ -6,16 +6,17 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import trustme
 from broker import Broker, free_port
 from broker_settings import add_listener
 from cryptography.hazmat.primitives import serialization as pem
+from events import counts_of
 from proxy import Proxy
 from readme import blocks, section
-from scripts import SCRIPTS, Start, assert_plain_stderr, run_pipeline
+from scripts import SCRIPTS, Start, assert_clean_stop, send_events, start_readers, wait_until
 from witness import Witness
 
 PASSWORD = "correct-horse"
@@ -67,10 +68,13 @@ def broker(secured: Secured) -> Broker:
 
 
 def test_a_password_is_accepted(start: Start, secured: Secured, witness: Witness) -> None:
-    settings = secured.password_settings()
-    scripts = run_pipeline(start, witness, address=secured.address, settings=settings)
-    assert_plain_stderr(*scripts)
-    assert not any(PASSWORD in script.err + script.out for script in scripts)
+    login: dict[str, Any] = {"address": secured.address, "settings": secured.password_settings()}
+    producer = send_events(start, 100, **login)
+    consumer, processor = start_readers(start, **login)
+    wait_until(lambda: sorted(consumer.lines) == sorted(producer.lines), "all are printed")
+    wait_until(lambda: processor.snapshots == [counts_of(witness.messages())], "all are counted")
+    assert_clean_stop(consumer, processor)
+    assert not any(PASSWORD in s.err + s.out for s in (producer, consumer, processor))
 
 
 def test_failed_connections_are_reported(start: Start, secured: Secured) -> None:
