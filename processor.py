@@ -1,7 +1,4 @@
-"""Count each user's actions in the assigned partitions, from the first event; print JSON.
-
-python processor.py --group mine   alone in a group, it is assigned all partitions
-"""
+"""Count each user's actions in the assigned partitions, from the first event; print JSON."""
 
 import contextlib
 import json
@@ -10,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,9 +170,7 @@ class Counts(ConsumerRebalanceListener):
 
 @dataclass
 class Report:
-    """What was printed last, so that only changes are printed."""
-
-    snapshot: str = ""
+    snapshot: str = ""  # printed last, as is `status`: only changes are printed
     status: str = ""
     next_time: float = 0.0  # by time.monotonic()
 
@@ -202,7 +197,7 @@ def request_stop(*_: Any) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--group", default=GROUP_ID, metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="exit after the first snapshot")
     options = parser.parse_args()
