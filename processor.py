@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from argparse import ArgumentParser
 from collections import Counter
 from dataclasses import dataclass, field
@@ -190,6 +191,12 @@ class Report:
         self.next_time = time.monotonic() + 1
 
 
+def close_socket(_: logging.LogRecord) -> bool:
+    """Close the socket of a failed connection, so that a long outage does not leave many open."""
+    traceback.clear_frames(sys.exc_info()[2])  # kafka-python keeps the exception, which holds it
+    return True  # log the record
+
+
 def request_stop(*_: Any) -> None:
     global stop
     stop = True
@@ -204,6 +211,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     logging.getLogger("kafka").setLevel(logging.CRITICAL)  # hide errors that it also raises
     logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # show failed connections
+    logging.getLogger("kafka.net.manager").addFilter(close_socket)  # or an outage leaks sockets
     # Unlike Python's own stdout, it loses nothing under -u, and escapes what the encoding lacks.
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once

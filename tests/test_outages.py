@@ -50,6 +50,19 @@ def test_all_continue_after_an_outage(
     assert {*printed_lines(*consumers)} == {*producer.lines}
 
 
+def test_failed_connections_leave_no_sockets_open(start: Start, broker: Broker) -> None:
+    many_attempts = ("reconnect_backoff_max_ms=4_000", "reconnect_backoff_max_ms=50")
+    readers = start_readers(start, edit=many_attempts)
+    wait_until(lambda: all(reader.assigned for reader in readers), "they are connected")
+    most = max(reader.processes()[0].num_fds() for reader in readers) + 4
+    broker.kill()
+    for number in range(10, 100, 10):
+        for reader in readers:
+            wait_until(lambda: len(reader.find(stderr_lines.CONNECTION_FAILED)) >= number, "again")
+            assert reader.processes()[0].num_fds() <= most
+    broker.start()
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "frozen"])
 def test_ctrl_c_during_an_outage(signum: int, start: Start, broker: Broker) -> None:
     producer = start("producer.py", "--interval", "0.01")
