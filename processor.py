@@ -37,7 +37,7 @@ def connect(group: str) -> KafkaConsumer:
             auto_offset_reset="earliest",  # if offset 0 is deleted, start with what is left
             enable_auto_commit=False,  # consumers in the group would skip what is committed
             isolation_level="read_committed",  # no events of open or aborted transactions
-            partition_assignment_strategy=[CooperativeStickyAssignor],  # a rebalance moves few
+            partition_assignment_strategy=[CooperativeStickyAssignor],  # moves few partitions
             session_timeout_ms=10_000,  # after this, a crashed member's partitions are reassigned
             heartbeat_interval_ms=500,  # a rebalance is noticed within this time
             max_poll_interval_ms=30_000,  # a member that does not poll for this long is removed
@@ -47,8 +47,8 @@ def connect(group: str) -> KafkaConsumer:
             reconnect_backoff_max_ms=4_000,  # then after 2 s, then every 4 s
             **CLIENT_SETTINGS,
         )
-    except (errors.KafkaError, TypeError, ValueError) as error:  # a ValueError may quote a password
-        reason = "bad setting" if isinstance(error, ValueError) else error
+    except (errors.KafkaError, TypeError, ValueError) as error:
+        reason = "bad setting" if isinstance(error, ValueError) else error  # may quote a password
         advice = "run docker compose up -d or python tests/broker.py, or check address and login"
         sys.exit(f"--- cannot connect to {BOOTSTRAP_SERVERS} ({reason}); {advice}")
 
@@ -61,7 +61,7 @@ def process(consumer: KafkaConsumer, once: bool) -> None:
         try:
             counts.add(poll(consumer))
             report.print_if_due(counts)
-        except errors.KafkaError as error:
+        except errors.KafkaError as error:  # in most outages, poll() returns {} instead
             logging.warning("%s; retrying", error)
             counts.rewind()
             time.sleep(2)
@@ -73,7 +73,7 @@ def poll(consumer: KafkaConsumer) -> Batches:
     """Return the next events of each partition; {} if there are none within 250 ms."""
     try:
         if consumer.group_metadata().state == MemberState.REBALANCING:
-            # Private, as no public call asks for a rejoin. Without one, a member whose join takes
+            # Private, as no public call asks for a rejoin. Without it, a member whose join takes
             # longer than a poll() may wait for its partitions for ever (compare KAFKA-9815).
             consumer._coordinator.request_rejoin()
         return consumer.poll(timeout_ms=250)
@@ -87,21 +87,21 @@ def user_and_action(value: Any) -> tuple[str, str]:
     user_id, action = event["user_id"], event["action"]
     if not (isinstance(user_id, str) and isinstance(action, str)):
         raise TypeError("the fields that are counted must be strings")
-    (user_id + action).encode()  # half a surrogate pair, which jq rejects, raises an exception
+    (user_id + action).encode()  # raises if a string is no valid text, which jq rejects
     return user_id, action
 
 
 @dataclass
 class PartitionState:
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    actions: Counter[tuple[str, str]] = field(default_factory=Counter)
     malformed: int = 0
     malformed_example: str = ""  # the latest: where it is, and what is wrong
     next_offset: int = 0  # of the event to count next
-    end_offset: int | None = None  # of the log, looked up after assignment; None: not yet
+    end_offset: int | None = None  # of the log after assignment; None until it is looked up
 
 
 class Counts(ConsumerRebalanceListener):
-    """The counts of each assigned partition, from its first event to the last one read."""
+    """Counts by assigned partition. In a rebalance, poll() calls the two `on_` methods."""
 
     def __init__(self, consumer: KafkaConsumer) -> None:
         self.consumer = consumer
@@ -121,7 +121,7 @@ class Counts(ConsumerRebalanceListener):
             state = self.partitions[partition]
             for message in messages:
                 try:
-                    state.counts[user_and_action(message.value)] += 1
+                    state.actions[user_and_action(message.value)] += 1
                 except Exception as error:  # skip it, whatever is wrong with it
                     state.malformed += 1
                     position = f"partition={message.partition} offset={message.offset}"
@@ -134,17 +134,17 @@ class Counts(ConsumerRebalanceListener):
             self.consumer.seek(partition, state.next_offset)
 
     def remaining(self) -> int:
-        """Return how many offsets are left up to the end that each log had after assignment.
+        """Return how many offsets are left to read up to the end offset of each partition.
 
-        Raise KafkaError as long as one of these ends cannot be looked up.
+        Raise KafkaError as long as one of the end offsets cannot be looked up.
         """
         remaining = 0
         for partition, state in self.partitions.items():
             if state.end_offset is None:
-                # One at a time: for several, a partition without a leader raises KeyError.
+                # One at a time: for several, kafka-python raises KeyError if one has no leader.
                 offsets = self.consumer.end_offsets([partition], timeout_ms=5_000)
                 state.end_offset = offsets[partition]
-            # Unlike next_offset, the position moves on past deleted and aborted events.
+            # Unlike next_offset, it moves on past deleted and aborted events; None: not known yet.
             position = self.consumer.position(partition, timeout_ms=0) or 0
             remaining += max(0, state.end_offset - position)
         return remaining
@@ -153,13 +153,13 @@ class Counts(ConsumerRebalanceListener):
         """Return the counts of all users as JSON: ASCII text that cannot control the terminal."""
         users: dict[str, Counter[str]] = {}
         for state in self.partitions.values():
-            for (user_id, action), number in state.counts.items():
+            for (user_id, action), number in state.actions.items():
                 users.setdefault(user_id, Counter())[action] += number
         return json.dumps(users, indent=2, sort_keys=True)
 
     def scope(self) -> str:
         """Return in words which events are counted."""
-        numbers = ", ".join(str(number) for _, number in sorted(self.partitions))
+        numbers = ", ".join(str(p.partition) for p in sorted(self.partitions))
         scope = f"assigned partitions of {TOPIC}: {numbers or 'none yet'}"
         if numbers and len(self.partitions) < len(self.consumer.partitions_for_topic(TOPIC)):
             scope += "; other members have the rest (--group NAME counts all)"
@@ -171,8 +171,8 @@ class Counts(ConsumerRebalanceListener):
 
 @dataclass
 class Report:
-    snapshot: str = ""  # printed last, as is `status`: only changes are printed
-    status: str = ""
+    snapshot: str = ""  # the JSON that was printed last
+    status: str = ""  # the line that was logged last
     next_time: float = 0.0  # by time.monotonic()
 
     def print_if_due(self, counts: Counts, last: bool = False) -> None:
@@ -192,9 +192,9 @@ class Report:
 
 
 def close_socket(_: logging.LogRecord) -> bool:
-    """Close the socket of a failed connection, so that a long outage does not leave many open."""
-    traceback.clear_frames(sys.exc_info()[2])  # kafka-python keeps the exception, which holds it
-    return True  # log the record
+    """As a logging filter, close the socket of the failed connection that is being logged."""
+    traceback.clear_frames(sys.exc_info()[2])  # kafka-python keeps these frames, and so the socket
+    return True
 
 
 def request_stop(*_: Any) -> None:
@@ -209,12 +209,12 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="exit after the first snapshot")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # hide errors that it also raises
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # hide errors: it raises them, too
     logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # show failed connections
     logging.getLogger("kafka.net.manager").addFilter(close_socket)  # or an outage leaks sockets
-    # Unlike Python's own stdout, it loses nothing under -u, and escapes what the encoding lacks.
+    # Unlike Python's own, this stdout loses nothing under -u, and escapes what it cannot encode.
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is connected, Ctrl-C ends it at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C until it is connected
     consumer = connect(options.group)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, request_stop)
@@ -227,7 +227,7 @@ def main() -> None:
         sys.exit(f"--- stopped: {error}")
     finally:
         logging.info("leaving the group")
-        consumer.close(timeout_ms=5_000)  # leaves the group: its partitions are reassigned at once
+        consumer.close(timeout_ms=5_000)  # its partitions are reassigned at once
 
 
 if __name__ == "__main__":

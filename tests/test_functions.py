@@ -305,7 +305,7 @@ def test_a_malformed_event_is_skipped_and_counted_as_such(value: bytes | None, c
     counts = assigned_counts(client, P0)
     counts.add(batch(P0, 7, event("alice"), value, event("alice")))
     state = counts.partitions[P0]
-    assert state.counts == {("alice", "view"): 2}
+    assert state.actions == {("alice", "view"): 2}
     assert (state.malformed, state.next_offset) == (1, 10)
     assert state.malformed_example.startswith("partition=0 offset=8: ")
     assert state.malformed_example.isprintable()
@@ -317,7 +317,7 @@ def test_any_exception_makes_an_event_malformed(client: Any, monkeypatch: Patch)
     counts = assigned_counts(client, P0)
     counts.add(batch(P0, 0, event(), event()))
     state = counts.partitions[P0]
-    assert (state.counts, state.malformed, state.next_offset) == ({("alice", "view"): 1}, 1, 2)
+    assert (state.actions, state.malformed, state.next_offset) == ({("alice", "view"): 1}, 1, 2)
 
 
 def test_a_partition_is_counted_from_its_beginning_at_each_assignment(client: Any) -> None:
