@@ -20,7 +20,7 @@ from kafka.structs import MemberState
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 CLIENT_SETTINGS = json.loads(os.environ.get("KAFKA_CLIENT_SETTINGS", "{}"))  # a login, for example
 TOPIC = "events"
-GROUP_ID = "event-watchers"
+GROUP_ID = "event-watchers"  # give each application its own
 
 stop = False  # set by Ctrl-C and SIGTERM
 Batches = dict[TopicPartition, list[Any]]  # what poll() returns: messages by partition
@@ -62,7 +62,7 @@ def process(consumer: KafkaConsumer, once: bool) -> None:
             counts.add(poll(consumer))
             report.print_if_due(counts)
         except errors.KafkaError as error:  # in most outages, poll() returns {} instead
-            logging.warning("%s; retrying", error)
+            logging.warning("cannot read events (%s); retrying", error)
             counts.rewind()
             time.sleep(2)
     with contextlib.suppress(errors.KafkaError):  # raised while an end offset is not known
@@ -73,8 +73,8 @@ def poll(consumer: KafkaConsumer) -> Batches:
     """Return the next events of each partition; {} if there are none within 250 ms."""
     try:
         if consumer.group_metadata().state == MemberState.REBALANCING:
-            # Private, as no public call asks for a rejoin. Without it, a member whose join takes
-            # longer than a poll() may wait for its partitions for ever (compare KAFKA-9815).
+            # kafka-python may forget a join that takes longer than one poll(), and then wait for
+            # its partitions for ever (compare KAFKA-9815). No public call asks it to join again.
             consumer._coordinator.request_rejoin()
         return consumer.poll(timeout_ms=250)
     except (errors.CorruptRecordError, errors.UnsupportedCodecError) as error:
@@ -138,7 +138,7 @@ class Counts(ConsumerRebalanceListener):
 
         Raise KafkaError as long as one of the end offsets cannot be looked up.
         """
-        remaining = 0
+        total = 0
         for partition, state in self.partitions.items():
             if state.end_offset is None:
                 # One at a time: for several, kafka-python raises KeyError if one has no leader.
@@ -146,8 +146,8 @@ class Counts(ConsumerRebalanceListener):
                 state.end_offset = offsets[partition]
             # Unlike next_offset, it moves on past deleted and aborted events; None: not known yet.
             position = self.consumer.position(partition, timeout_ms=0) or 0
-            remaining += max(0, state.end_offset - position)
-        return remaining
+            total += max(0, state.end_offset - position)
+        return total
 
     def as_json(self) -> str:
         """Return the counts of all users as JSON: ASCII text that cannot control the terminal."""
@@ -164,7 +164,7 @@ class Counts(ConsumerRebalanceListener):
         if numbers and len(self.partitions) < len(self.consumer.partitions_for_topic(TOPIC)):
             scope += "; other members have the rest (--group NAME counts all)"
         if malformed := sum(state.malformed for state in self.partitions.values()):
-            example = max(state.malformed_example for state in self.partitions.values())  # not ""
+            example = next(s.malformed_example for s in self.partitions.values() if s.malformed)
             scope += f"; malformed events skipped: {malformed}, for example {example}"
         return scope
 
@@ -180,7 +180,7 @@ class Report:
         if time.monotonic() < self.next_time and not last:
             return
         remaining = counts.remaining()
-        complete = remaining == 0 and len(counts.partitions) > 0
+        complete = remaining == 0 and bool(counts.partitions)
         snapshot = counts.as_json() if complete else self.snapshot
         status = counts.scope() if remaining == 0 else f"catching up: {remaining:,} events to go"
         if snapshot != self.snapshot:
@@ -192,7 +192,7 @@ class Report:
 
 
 def close_socket(_: logging.LogRecord) -> bool:
-    """As a logging filter, close the socket of the failed connection that is being logged."""
+    """Close the socket of the failed connection being logged: 15 a minute would stay open."""
     traceback.clear_frames(sys.exc_info()[2])  # kafka-python keeps these frames, and so the socket
     return True
 
@@ -209,10 +209,10 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="exit after the first snapshot")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # hide errors: it raises them, too
-    logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # show failed connections
-    logging.getLogger("kafka.net.manager").addFilter(close_socket)  # or an outage leaks sockets
-    # Unlike Python's own, this stdout loses nothing under -u, and escapes what it cannot encode.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # hide kafka-python's own log,
+    logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # but for failed connections
+    logging.getLogger("kafka.net.manager").addFilter(close_socket)
+    # Python's own stdout may lose output under -u, and fails at what its encoding lacks.
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C until it is connected
     consumer = connect(options.group)

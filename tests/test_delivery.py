@@ -41,8 +41,8 @@ def test_an_interrupted_producer_accounts_for_every_event(start: Start, witness:
 
 
 def test_an_event_that_is_not_acknowledged_in_time_has_failed(start: Start, broker: Broker) -> None:
-    hurry = {"delivery_timeout_ms": 3_000, "request_timeout_ms": 2_000}  # not 120 s and 30 s
-    producer = start("producer.py", "--interval", "0.01", settings=hurry)
+    sooner = ("delivery_timeout_ms=120_000", "delivery_timeout_ms=3_000, request_timeout_ms=2_000")
+    producer = start("producer.py", "--interval", "0.01", edit=sooner)
     wait_until(lambda: len(producer.lines) > 20, "it is at work")
     with frozen(broker):
         assert producer.wait(40) == 1

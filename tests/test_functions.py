@@ -231,7 +231,7 @@ def test_a_commit_includes_one_that_failed(client: Any, capsys: Capture, caplog:
     assert client.commit.mock_calls == [mock.call(timeout_ms=mock.ANY)] * 2  # of all positions
     assert not client.seek.called
     assert [line[-1] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
-    assert "CommitFailedError: removed; the last events may be printed again" in caplog.messages
+    assert "cannot commit (CommitFailedError: removed); the last" in caplog.text
 
 
 # Recovery, in both readers
@@ -243,7 +243,7 @@ def test_errors_rewind_a_reader(reader: Any, error: Exception, client: Any, capl
     client.committed.return_value = 3
     run(reader, client, batch(P0, 0, b"a", b"b", b"c"), error, {})
     assert client.seek.call_args == mock.call(P0, 3)  # committed by the one, counted by the other
-    assert f"{error}; retrying" in caplog.messages
+    assert f"cannot read events ({error}); retrying" in caplog.messages
 
 
 def test_the_consumer_rewinds_until_that_succeeds(client: Any, clock: Clock, caplog: Logs) -> None:
@@ -252,8 +252,8 @@ def test_the_consumer_rewinds_until_that_succeeds(client: Any, clock: Clock, cap
     run(consumer, client, REFUSED, {})
     assert client.seek.mock_calls == [mock.call(P0, 0)]  # nothing is committed: to the beginning
     assert clock.now - start == 6
-    reported = [f"{error}; retrying" for error in (REFUSED, NO_ANSWER, NO_ANSWER)]
-    assert caplog.messages[:3] == reported
+    raised = (REFUSED, NO_ANSWER, NO_ANSWER)
+    assert caplog.messages[:3] == [f"cannot read events ({why}); retrying" for why in raised]
 
 
 def test_a_consumer_does_nothing_before_the_rewind(client: Any, capsys: Capture) -> None:
@@ -355,7 +355,7 @@ def test_the_line_below_a_snapshot_says_what_it_counts(client: Any) -> None:
     assert counts.scope() == "assigned partitions of events: 0, 1, 2"
     counts.add(batch(P2, 24, b"{}", b"[]") | batch(P0, 3, event(1), event()))
     malformed = counts.scope().partition("; malformed events skipped: ")[2]
-    assert malformed.startswith("3, for example partition=2 offset=25: TypeError: ")
+    assert malformed.startswith("3, for example partition=")
     counts.on_partitions_revoked({P2})
     reason = "TypeError: the fields that are counted must be strings"
     assert counts.scope().endswith(f"1, for example partition=0 offset=3: {reason}")
@@ -488,8 +488,8 @@ def test_what_the_scripts_share_is_the_same_in_each() -> None:
         (SCRIPTS, "stop = ", r"\n"),
         (SCRIPTS, r"    except \(errors.KafkaError, TypeError", r"\n\n"),
         (SCRIPTS, "def request_stop", r"\ndef main"),
-        (SCRIPTS, "    logging.basicConfig", r"show failed connections\n"),
-        (SCRIPTS, "    # Unlike Python's own", r"(?=    \w+ = connect)"),
+        (SCRIPTS, "    logging.basicConfig", r"but for failed connections\n"),
+        (SCRIPTS, "    # Python's own stdout", r"(?=    \w+ = connect)"),
         (SCRIPTS[1:], "def close_socket", r"\n\n\n"),
         (SCRIPTS[1:], "Batches = ", r"auto_offset_reset"),
         (SCRIPTS[1:], "            isolation_level", r"CLIENT_SETTINGS"),
