@@ -73,7 +73,7 @@ def poll(consumer: KafkaConsumer) -> Batches:
     """Return the next events of each partition; {} if there are none within 250 ms."""
     try:
         if consumer.group_metadata().state == MemberState.REBALANCING:
-            # kafka-python may forget a join that takes longer than one poll(), and then wait for
+            # kafka-python 3.0.12 may forget a join that takes longer than one poll(), and wait for
             # its partitions for ever (compare KAFKA-9815). No public call asks it to join again.
             consumer._coordinator.request_rejoin()
         return consumer.poll(timeout_ms=250)
@@ -182,7 +182,7 @@ class Report:
         remaining = counts.remaining()
         complete = remaining == 0 and bool(counts.partitions)
         snapshot = counts.as_json() if complete else self.snapshot
-        status = counts.scope() if remaining == 0 else f"catching up: {remaining:,} events to go"
+        status = counts.scope() if remaining == 0 else f"catching up: {remaining:,} offsets to go"
         if snapshot != self.snapshot:
             print(snapshot, flush=True)
         if (snapshot, status) != (self.snapshot, self.status):
@@ -223,7 +223,7 @@ def main() -> None:
     except OSError as error:  # a full disk; or the reader of a pipe, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that flushing the rest does not fail
         if not isinstance(error, BrokenPipeError):
-            raise
+            raise  # with its traceback, as it may come from your own code
         sys.exit(f"--- stopped: {error}")
     finally:
         logging.info("leaving the group")
