@@ -77,6 +77,9 @@ def poll(consumer: KafkaConsumer) -> Batches:
             # its partitions for ever (compare KAFKA-9815). No public call asks it to join again.
             consumer._coordinator.request_rejoin()
         return consumer.poll(timeout_ms=250)
+    except errors.UnknownBrokerIdError:  # a fetch was not sent, but counts as under way for ever
+        consumer._fetcher._nodes_with_pending_fetch_requests.clear()  # private: nothing public does
+        raise
     except (errors.CorruptRecordError, errors.UnsupportedCodecError) as error:
         sys.exit(f"--- cannot read events: {error}")  # a further poll() would raise or hang
 
@@ -134,10 +137,7 @@ class Counts(ConsumerRebalanceListener):
             self.consumer.seek(partition, state.next_offset)
 
     def remaining(self) -> int:
-        """Return how many offsets are left to read up to the end offset of each partition.
-
-        Raise KafkaError as long as one of the end offsets cannot be looked up.
-        """
+        """Return how many offsets are left to read up to the end offset of each partition."""
         total = 0
         for partition, state in self.partitions.items():
             if state.end_offset is None:
@@ -192,8 +192,9 @@ class Report:
 
 
 def close_socket(_: logging.LogRecord) -> bool:
-    """Close the socket of the failed connection being logged: 15 a minute would stay open."""
-    traceback.clear_frames(sys.exc_info()[2])  # kafka-python keeps these frames, and so the socket
+    if error := sys.exc_info()[1]:  # kafka-python keeps it, and with its frames the socket
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
     return True
 
 
@@ -211,7 +212,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="--- %(message)s")
     logging.getLogger("kafka").setLevel(logging.CRITICAL)  # hide kafka-python's own log,
     logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # but for failed connections
-    logging.getLogger("kafka.net.manager").addFilter(close_socket)
+    logging.getLogger("kafka.net.manager").addFilter(close_socket)  # or an outage leaks sockets
     # Python's own stdout may lose output under -u, and fails at what its encoding lacks.
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C until it is connected

@@ -1,7 +1,4 @@
-"""The fixtures. Tests run on their own brokers, on free ports, and leave no process behind.
-
-Nothing is downloaded or started before a test needs it.
-"""
+"""The fixtures. Tests run on their own brokers, on free ports, and leave no process behind."""
 
 import os
 import signal
@@ -80,9 +77,8 @@ def broker(shared_broker: tuple[Broker, Proxy]) -> Broker:
     def has_read_all_requests() -> bool:
         return all(c.status != psutil.CONN_CLOSE_WAIT for c in process.net_connections())
 
-    # The broker may not yet have read the last requests of a script that has exited: a connection
-    # is in CLOSE_WAIT as long as its client has closed it and the broker has not. A late request
-    # for the topic's metadata would create the topic again, after it has been deleted below.
+    # A connection is in CLOSE_WAIT as long as its client has closed it and the broker has not. A
+    # request for the topic's metadata that is read late would create the topic again after this.
     wait_until(has_read_all_requests, "the broker has closed the last test's connections")
     Witness(broker.address).delete_everything()
     return broker

@@ -1,9 +1,4 @@
-"""The scripts as processes, what they report on stderr, and waiting for conditions.
-
-consumer = start("consumer.py", "--group", "mine")
-wait_until(lambda: len(consumer.lines) == 9, "all events are printed")
-assert consumer.stop() == 0
-"""
+"""The scripts as processes, what they report on stderr, and waiting for conditions."""
 
 import contextlib
 import json
@@ -229,17 +224,11 @@ def printed_lines(*scripts: Script) -> list[str]:
     return sorted(line for script in scripts for line in script.lines)
 
 
-def assert_plain_stderr(*scripts: Script) -> None:
-    """Check that each script has printed only whole messages, and few but those of an outage."""
+def assert_clean_stop(*scripts: Script, signum: int = signal.SIGINT) -> None:
+    """Stop the scripts in turn; each must exit with status 0 and have printed a plain stderr."""
     for script in scripts:
+        assert script.stop(signum, timeout=20) == 0
         lines = script.err.splitlines()
         assert all(line.startswith("--- ") for line in lines), script.err
         others = [line for line in lines if not re.search(" assigned | failed: ", line)]
         assert len(others) < 15, script.err
-
-
-def assert_clean_stop(*scripts: Script, signum: int = signal.SIGINT) -> None:
-    """Stop the scripts, one after the other; each must exit with status 0 and a plain stderr."""
-    for script in scripts:
-        assert script.stop(signum, timeout=20) == 0
-        assert_plain_stderr(script)

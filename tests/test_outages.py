@@ -6,10 +6,19 @@ import time
 import pytest
 import stderr_lines
 from broker import Broker
-from events import counts_of, event_lines
+from events import counts_of, event, event_lines
 from proxy import Proxy
 from scripts import Start, assert_clean_stop, printed_lines, start_readers, wait_until
 from witness import Witness
+
+# As after a change of leaders, when kafka-python knows the new one by its number only.
+UNKNOWN_ONCE = """    send, unknown = consumer._client._manager.send, [True]
+    def send_later(request, *options, **more):
+        if type(request).__name__ == "FetchRequest" and unknown and unknown.pop():
+            raise errors.UnknownBrokerIdError(1)
+        return send(request, *options, **more)
+    consumer._client._manager.send = send_later
+    for signum in"""
 
 
 @pytest.mark.parametrize("way", ["directly", "through a proxy"])  # the latter as with Docker
@@ -61,6 +70,15 @@ def test_failed_connections_leave_no_sockets_open(start: Start, broker: Broker) 
             wait_until(lambda: len(reader.find(stderr_lines.CONNECTION_FAILED)) >= number, "again")
             assert reader.processes()[0].num_fds() <= most
     broker.start()
+
+
+def test_an_unknown_leader_is_asked_again(start: Start, witness: Witness) -> None:
+    witness.create_topic(1)
+    witness.write([(0, b"key", event())])
+    readers = start_readers(start, edit=("    for signum in", UNKNOWN_ONCE))
+    wait_until(lambda: all(reader.lines for reader in readers), "they read the event")
+    assert all(r.find(stderr_lines.RETRYING) == ["UnknownBrokerIdError: 1"] for r in readers)
+    assert_clean_stop(*readers)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "frozen"])
