@@ -78,7 +78,7 @@ def poll(consumer: KafkaConsumer) -> Batches:
             consumer._coordinator.request_rejoin()
         return consumer.poll(timeout_ms=250)
     except errors.UnknownBrokerIdError:  # a fetch was not sent, but counts as under way for ever
-        consumer._fetcher._nodes_with_pending_fetch_requests.clear()  # private: nothing public does
+        consumer._fetcher._nodes_with_pending_fetch_requests.clear()  # no public call does it
         raise
     except (errors.CorruptRecordError, errors.UnsupportedCodecError) as error:
         sys.exit(f"--- cannot read events: {error}")  # a further poll() would raise or hang
