@@ -20,7 +20,7 @@ from kafka.structs import MemberState
 BOOTSTRAP_SERVERS = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
 CLIENT_SETTINGS = json.loads(os.environ.get("KAFKA_CLIENT_SETTINGS", "{}"))  # a login, for example
 TOPIC = "events"
-GROUP_ID = "event-watchers"  # give each application its own
+GROUP_ID = "event-watchers"  # consumer.py's, for practice: pick your own
 
 stop = False  # set by Ctrl-C and SIGTERM
 Batches = dict[TopicPartition, list[Any]]  # what poll() returns: messages by partition
@@ -48,7 +48,7 @@ def connect(group: str) -> KafkaConsumer:
             **CLIENT_SETTINGS,
         )
     except (errors.KafkaError, TypeError, ValueError) as error:
-        reason = "bad setting" if isinstance(error, ValueError) else error  # may quote a password
+        reason = "bad setting" if isinstance(error, ValueError) else error  # to hide a password
         advice = "run docker compose up -d or python tests/broker.py, or check address and login"
         sys.exit(f"--- cannot connect to {BOOTSTRAP_SERVERS} ({reason}); {advice}")
 
@@ -70,7 +70,7 @@ def process(consumer: KafkaConsumer, once: bool) -> None:
 
 
 def poll(consumer: KafkaConsumer) -> Batches:
-    """Return the next events of each partition; {} if there are none within 250 ms."""
+    """Return the next events, by partition; {} if there are none within 250 ms."""
     try:
         if consumer.group_metadata().state == MemberState.REBALANCING:
             # kafka-python 3.0.12 may forget a join that takes longer than one poll(), and wait for
@@ -90,7 +90,7 @@ def user_and_action(value: Any) -> tuple[str, str]:
     user_id, action = event["user_id"], event["action"]
     if not (isinstance(user_id, str) and isinstance(action, str)):
         raise TypeError("the fields that are counted must be strings")
-    (user_id + action).encode()  # raises if a string is no valid text, which jq rejects
+    (user_id + action).encode()  # raises at a lone surrogate, which jq rejects
     return user_id, action
 
 
@@ -158,7 +158,7 @@ class Counts(ConsumerRebalanceListener):
         return json.dumps(users, indent=2, sort_keys=True)
 
     def scope(self) -> str:
-        """Return in words which events are counted."""
+        """Return in words which events are counted, and how many were skipped."""
         numbers = ", ".join(str(p.partition) for p in sorted(self.partitions))
         scope = f"assigned partitions of {TOPIC}: {numbers or 'none yet'}"
         if numbers and len(self.partitions) < len(self.consumer.partitions_for_topic(TOPIC)):
@@ -213,7 +213,7 @@ def main() -> None:
     logging.getLogger("kafka").setLevel(logging.CRITICAL)  # hide kafka-python's own log,
     logging.getLogger("kafka.net.manager").setLevel(logging.WARNING)  # but for failed connections
     logging.getLogger("kafka.net.manager").addFilter(close_socket)  # or an outage leaks sockets
-    # Python's own stdout may lose output under -u, and fails at what its encoding lacks.
+    # Under python -u, stdout may lose output; it also fails at what its encoding lacks.
     sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C until it is connected
     consumer = connect(options.group)

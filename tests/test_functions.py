@@ -485,7 +485,7 @@ def test_what_the_scripts_share_is_the_same_in_each() -> None:
         (SCRIPTS, r"    except \(errors.KafkaError, TypeError", r"\n\n"),
         (SCRIPTS, "def request_stop", r"\ndef main"),
         (SCRIPTS, "    logging.basicConfig", r"but for failed connections\n"),
-        (SCRIPTS, "    # Python's own stdout", r"(?=    \w+ = connect)"),
+        (SCRIPTS, "    # Under python -u", r"(?=    \w+ = connect)"),
         (SCRIPTS[1:], "def close_socket", r"\n\n\n"),
         (SCRIPTS[1:], "Batches = ", r"auto_offset_reset"),
         (SCRIPTS[1:], "            isolation_level", r"CLIENT_SETTINGS"),
