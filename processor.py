@@ -137,7 +137,7 @@ class Counts(ConsumerRebalanceListener):
             self.consumer.seek(partition, state.next_offset)
 
     def remaining(self) -> int:
-        """Return how many offsets are left to read up to the end offset of each partition."""
+        """Return how many offsets are left to read; raise KafkaError while an end is not known."""
         total = 0
         for partition, state in self.partitions.items():
             if state.end_offset is None:

@@ -225,9 +225,15 @@ def printed_lines(*scripts: Script) -> list[str]:
 
 
 def assert_clean_stop(*scripts: Script, signum: int = signal.SIGINT) -> None:
-    """Stop the scripts in turn; each must exit with status 0 and have printed a plain stderr."""
+    """Stop the scripts, one after the other; each must exit with status 0 and a plain stderr."""
     for script in scripts:
         assert script.stop(signum, timeout=20) == 0
+        assert_plain_stderr(script)
+
+
+def assert_plain_stderr(*scripts: Script) -> None:
+    """Check that each script has printed only whole messages, and few but those of an outage."""
+    for script in scripts:
         lines = script.err.splitlines()
         assert all(line.startswith("--- ") for line in lines), script.err
         others = [line for line in lines if not re.search(" assigned | failed: ", line)]

@@ -5,7 +5,7 @@ ASSIGNED_PART = rf"{ASSIGNED}; other members have the rest \(--group NAME counts
 MALFORMED = r"; malformed events skipped: (\d+), for example partition=\d+ offset=\d+: (.+)$"
 CATCHING_UP = r"^--- catching up: ([\d,]+) offsets to go$"
 CONNECTION_FAILED = r"^--- (?:Connection|Bootstrap \S+ to \S+) failed: (.+)$"
-RETRYING = r"^--- cannot .+ \((.+)\); retrying$"
+RETRYING = r"^--- cannot (?:read events|look up committed offsets) \((.+)\); retrying$"
 NOT_COMMITTED = r"^--- cannot commit \((.+)\); the last events may be printed again$"
 NOT_ACKNOWLEDGED = r"^--- (\d+) events are not acknowledged yet$"
 STOPPED = r"^--- stopped: (.+)$"

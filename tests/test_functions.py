@@ -231,7 +231,8 @@ def test_a_commit_includes_one_that_failed(client: Any, capsys: Capture, caplog:
     assert client.commit.mock_calls == [mock.call(timeout_ms=mock.ANY)] * 2  # of all positions
     assert not client.seek.called
     assert [line[-1] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
-    assert "cannot commit (CommitFailedError: removed); the last" in caplog.text
+    why = "CommitFailedError: removed"
+    assert f"cannot commit ({why}); the last events may be printed again" in caplog.messages
 
 
 # Recovery, in both readers
@@ -252,8 +253,8 @@ def test_the_consumer_rewinds_until_that_succeeds(client: Any, clock: Clock, cap
     run(consumer, client, REFUSED, {})
     assert client.seek.mock_calls == [mock.call(P0, 0)]  # nothing is committed: to the beginning
     assert clock.now - start == 6
-    reported = [message.partition("(")[2] for message in caplog.messages[:3]]
-    assert reported == [f"{why}); retrying" for why in (REFUSED, NO_ANSWER, NO_ANSWER)]
+    look_up = f"cannot look up committed offsets ({NO_ANSWER}); retrying"
+    assert caplog.messages[:3] == [f"cannot read events ({REFUSED}); retrying", look_up, look_up]
 
 
 def test_a_consumer_does_nothing_before_the_rewind(client: Any, capsys: Capture) -> None:
@@ -333,12 +334,16 @@ def test_a_partition_is_counted_from_its_beginning_at_each_assignment(client: An
 
 def test_json_is_indented_sorted_and_harmless(client: Any) -> None:
     counts = assigned_counts(client, P0, P1)
-    counts.add(batch(P1, 0, event("\x9b2J"), event("bob")))
+    users = ["Süd", "\x9b2J", "\x7f", "\u202e", "a\nb", "bob", "🦀"]
+    counts.add(batch(P1, 0, *(event(user) for user in users)))
     counts.add(batch(P0, 0, event("bob", "click"), event("bob")))
     text = counts.as_json()
-    assert json.loads(text) == {"bob": {"click": 1, "view": 2}, "\x9b2J": {"view": 1}}
-    assert text.startswith('{\n  "bob": {\n    "click": 1,\n    "view": 2\n  },\n')
+    expected = {user: {"view": 1} for user in users} | {"bob": {"click": 1, "view": 2}}
+    assert json.loads(text) == expected
+    assert [*json.loads(text)] == sorted(users)
+    assert '  "bob": {\n    "click": 1,\n    "view": 2\n  }' in text
     assert text.isascii()
+    assert all(line.isprintable() for line in text.split("\n"))
 
 
 def test_the_line_below_a_snapshot_says_what_it_counts(client: Any) -> None:
@@ -347,11 +352,12 @@ def test_the_line_below_a_snapshot_says_what_it_counts(client: Any) -> None:
     counts.on_partitions_assigned({P1})
     part = "assigned partitions of events: 1; other members have the rest (--group NAME counts all)"
     assert counts.scope() == part
-    counts.on_partitions_assigned({P2, P0})
+    counts.on_partitions_assigned({P2})
+    counts.on_partitions_assigned({P0})
     assert counts.scope() == "assigned partitions of events: 0, 1, 2"
     counts.add(batch(P2, 24, b"{}", b"[]") | batch(P0, 3, event(1), event()))
     malformed = counts.scope().partition("; malformed events skipped: ")[2]
-    assert malformed.startswith("3, for example partition=")
+    assert malformed.startswith("3, for example partition=2 offset=25: TypeError: ")
     counts.on_partitions_revoked({P2})
     reason = "TypeError: the fields that are counted must be strings"
     assert counts.scope().endswith(f"1, for example partition=0 offset=3: {reason}")

@@ -12,12 +12,12 @@ from scripts import Start, assert_clean_stop, printed_lines, start_readers, wait
 from witness import Witness
 
 # As after a change of leaders, when kafka-python knows the new one by its number only.
-UNKNOWN_ONCE = """    send, unknown = consumer._client._manager.send, [True]
-    def send_later(request, *options, **more):
-        if type(request).__name__ == "FetchRequest" and unknown and unknown.pop():
-            raise errors.UnknownBrokerIdError(1)
-        return send(request, *options, **more)
-    consumer._client._manager.send = send_later
+UNKNOWN_ONCE = """    send, due = consumer._client._manager.send, [errors.UnknownBrokerIdError(1)]
+    def send_or_raise(request, *arguments, **options):
+        if due and type(request).__name__ == "FetchRequest":
+            raise due.pop()
+        return send(request, *arguments, **options)
+    consumer._client._manager.send = send_or_raise
     for signum in"""
 
 
@@ -60,8 +60,7 @@ def test_all_continue_after_an_outage(
 
 
 def test_failed_connections_leave_no_sockets_open(start: Start, broker: Broker) -> None:
-    many_attempts = ("reconnect_backoff_max_ms=4_000", "reconnect_backoff_max_ms=50")
-    readers = start_readers(start, edit=many_attempts)
+    readers = start_readers(start, edit=("_backoff_max_ms=4_000", "_backoff_max_ms=50"))
     wait_until(lambda: all(reader.assigned for reader in readers), "they are connected")
     most = max(reader.processes()[0].num_fds() for reader in readers) + 4
     broker.kill()

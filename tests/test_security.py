@@ -13,10 +13,10 @@ import trustme
 from broker import Broker, free_port
 from broker_settings import add_listener
 from cryptography.hazmat.primitives import serialization as pem
-from events import counts_of
+from events import counts_of, event_lines
 from proxy import Proxy
 from readme import blocks, section
-from scripts import SCRIPTS, Start, assert_clean_stop, send_events, start_readers, wait_until
+from scripts import SCRIPTS, Start, assert_clean_stop, assert_plain_stderr, send_events, wait_until
 from witness import Witness
 
 PASSWORD = "correct-horse"
@@ -70,10 +70,16 @@ def broker(secured: Secured) -> Broker:
 def test_a_password_is_accepted(start: Start, secured: Secured, witness: Witness) -> None:
     login: dict[str, Any] = {"address": secured.address, "settings": secured.password_settings()}
     producer = send_events(start, 100, **login)
-    consumer, processor = start_readers(start, **login)
+    log = witness.messages()
+    assert sorted(producer.lines) == event_lines(log)
+    assert witness.partitions() == [0, 1, 2]
+    consumer = start("consumer.py", **login)
     wait_until(lambda: sorted(consumer.lines) == sorted(producer.lines), "all are printed")
-    wait_until(lambda: processor.snapshots == [counts_of(witness.messages())], "all are counted")
-    assert_clean_stop(consumer, processor)
+    assert_clean_stop(consumer)
+    processor = start("processor.py", "--once", "--group", "counting", **login)
+    assert processor.wait() == 0
+    assert processor.snapshots == [counts_of(log)]
+    assert_plain_stderr(producer, processor)
     assert not any(PASSWORD in s.err + s.out for s in (producer, consumer, processor))
 
 
